@@ -1,0 +1,497 @@
+"""ImageNet tree → WebDataset shards: 1,281,167 files become 147 tar files, byte for byte, and an index that says so.
+
+    python imagenet_shards.py --imagenet=/data/imagenet --shards=./data
+
+In:  DIR/{train,val}/<wnid>/*.JPEG, the tree of torchvision.datasets.ImageNet (its devkit is not needed).
+Out: imagenet-train-000000.tar …, imagenet-val-000000.tar …   per image two members: KEY.cls, KEY.jpg
+     imagenet-train.json, imagenet-val.json                   the index (wids v1): counts, sizes, SHA-256, classes
+     _info.json                                               the same counts for timm's reader
+
+KEY is the file's stem, KEY.cls its class number in ASCII (the rank of its wnid), KEY.jpg the file's own bytes.
+The images are shuffled once, over the whole split, so that a shard is a fair sample of it.
+
+Guarantee: an index that exists means that all its shards are whole. The same tree, seed and limits give the
+same bytes, whatever the number of workers and however often the run was killed and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import NamedTuple
+
+import webdataset as wds
+from PIL import Image as PillowImage
+from tqdm import tqdm
+
+
+class ShardError(Exception):
+    """What the user can mend, in one line: what was named, what is there, what to do."""
+
+
+# ---------------------------------------------------------------- tree → images
+
+# What torchvision.datasets.ImageFolder takes for an image, so that we never leave out what it would have seen.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+
+
+class Image(NamedTuple):
+    """A file in the tree."""
+
+    path: str  # below the tree's root: train/n01440764/n01440764_10026.JPEG
+    label: int  # rank of its class folder in sorted order, as torchvision numbers it
+    size: int  # bytes
+
+    @property
+    def key(self) -> str:
+        """The sample's name in its shard: the file's stem."""
+        return os.path.splitext(os.path.basename(self.path))[0]
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the sample's two members, as ShardWriter counts them for its maxsize."""
+        return self.size + len(str(self.label))
+
+
+def find_classes(root: Path, split: str) -> list[str]:
+    """The sorted wnids of a split's class folders; ShardError if the tree is not one that we understand."""
+    folder = root / split
+    if not folder.is_dir():
+        if (root / ARCHIVES[split]).exists():
+            raise ShardError(
+                f"{folder}: not there, but {ARCHIVES[split]} is; unpack it with "
+                f"torchvision.datasets.ImageNet({str(root)!r}, {split!r}) and start again"
+            )
+        raise ShardError(
+            f"{folder}: no such folder; --imagenet must name the folder that holds train/ and val/ of class folders"
+        )
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise ShardError(
+            f"{folder}: no class folders in it; its images must lie in one folder a class, {folder}/n01440764/*.JPEG"
+        )
+    return classes
+
+
+def list_images(root: Path, split: str, classes: list[str]) -> list[Image]:
+    """All images of a split in sorted order; ShardError for an empty class or a name that a shard can't carry."""
+    images: list[Image] = []
+    owner: dict[str, str] = {}  # key → path: two equal keys would melt into one sample when read
+    for label, wnid in enumerate(classes):
+        before = len(images)
+        for folder, _, names in sorted(os.walk(root / split / wnid, followlinks=True)):
+            for name in sorted(names):
+                if not name.lower().endswith(EXTENSIONS):
+                    continue
+                path = os.path.join(folder, name)
+                try:
+                    image = Image(os.path.relpath(path, root), label, os.path.getsize(path))
+                except OSError as error:
+                    raise ShardError(f"{path}: {error.strerror}; mend or remove it") from None
+                # WebDataset splits a member's name at its first dot; plain ustar has room for 100 bytes.
+                if not re.fullmatch(r"[A-Za-z0-9_-]{1,95}", image.key):
+                    raise ShardError(f"{path}: a key may hold only A-Z a-z 0-9 _ - and 95 of them; rename the file")
+                if image.key in owner:
+                    raise ShardError(f"{path}: same name as {root / owner[image.key]}; keys must differ, rename one")
+                owner[image.key] = image.path
+                images.append(image)
+        if len(images) == before:
+            raise ShardError(f"{root / split / wnid}: no images in this class folder; fill it or remove it")
+    return images
+
+
+# ---------------------------------------------------------------- images → plan
+
+
+def plan_shards(images: list[Image], seed: int, maxsize: float, maxcount: int) -> list[list[Image]]:
+    """The images of every shard, from names and sizes alone: shard k is known before a byte is read.
+
+    So any process can write any shard, in any order, again and again, and always makes the same bytes.
+    A shard is closed as webdataset.ShardWriter does it: once it holds maxsize bytes or maxcount samples.
+    """
+    images = images.copy()
+    random.Random(seed).shuffle(images)
+    shards: list[list[Image]] = []
+    size = maxsize
+    for image in images:
+        if size >= maxsize or len(shards[-1]) >= maxcount:
+            shards.append([])
+            size = 0
+        shards[-1].append(image)
+        size += image.payload
+    return shards
+
+
+class Plan(NamedTuple):
+    """One split's conversion."""
+
+    root: Path
+    split: str
+    classes: list[str]
+    shards: list[list[Image]]
+    recipe: dict[str, int | str]  # what decides the bytes; kept in the index, compared on a restart
+
+    def name(self, number: int) -> str:
+        return f"imagenet-{self.split}-{number:06d}.tar"
+
+
+def make_plan(root: Path, split: str, seed: int, maxsize: float, maxcount: int) -> Plan:
+    """List one split and plan its shards; reads no image. ShardError as find_classes and list_images."""
+    classes = find_classes(root, split)
+    for other in ARCHIVES:  # a class that only one split has would number all after it differently
+        if (root / other).is_dir() and (theirs := find_classes(root, other)) != classes:
+            odd = sorted(set(theirs) ^ set(classes))
+            raise ShardError(
+                f"{root}: train/ and val/ differ in {len(odd)} class folders ({', '.join(odd[:3])}"
+                f"{', …' if len(odd) > 3 else ''}), so their class numbers would differ; give both the same ones"
+            )
+    images = list_images(root, split, classes)
+    tree = hashlib.sha256("\n".join(f"{i.path} {i.size}" for i in images).encode())
+    recipe = {
+        "seed": seed,
+        "maxsize": int(maxsize),
+        "maxcount": maxcount,
+        "images": len(images),
+        "tree": tree.hexdigest(),
+    }
+    return Plan(root, split, classes, plan_shards(images, seed, maxsize, maxcount), recipe)
+
+
+# ---------------------------------------------------------------- plan → one shard
+
+
+def flaw(data: bytes) -> str | None:
+    """Why these bytes are no JPEG or PNG that can be decoded; None if all is well.
+
+    Whole files, nearly all, pass by their first and last bytes; only a suspect is decoded.
+    """
+    jpeg = data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" in data[-1024:]
+    png = data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in data[-1024:]
+    if jpeg or png:
+        return None
+    if not data:
+        return "empty file"
+    try:
+        PillowImage.open(io.BytesIO(data), formats=["JPEG", "PNG"]).load()
+    except Exception as error:  # Pillow raises many kinds on bad bytes
+        return "neither JPEG nor PNG" if isinstance(error, PillowImage.UnidentifiedImageError) else str(error)
+    return None
+
+
+class Checksummed:
+    """A stream to write to that keeps the size and the SHA-256 of what went through."""
+
+    def __init__(self, stream: io.BufferedWriter) -> None:
+        self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.stream.write(data)
+        self.size += len(data)
+        self.sha256.update(data)
+
+
+class Stopped(Exception):
+    """Another worker failed, or the user pressed ^C: this shard is given up."""
+
+
+# Set in every worker process by start_worker: images and bytes done, and whether to stop.
+progress: tuple = ()
+
+
+def start_worker(*shared) -> None:
+    """Take the shared counters, leave ^C to the main process, and don't outlive it (it may get a SIGKILL)."""
+    global progress
+    progress = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
+
+
+def write_shard(plan: Plan, number: int, folder: Path, images: list[Image], skip_bad: bool) -> dict:
+    """Write one shard under a temporary name, rename it when whole, return its entry in the index.
+
+    The entry's "skipped" lists [path, flaw] of the bad images. If there are any and skip_bad is off, all images
+    are still looked at, so that one run names every bad one, but no shard is left behind.
+    """
+    images_done, bytes_done, stop = progress
+    path = folder / plan.name(number)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # no two processes ever share one
+    skipped = []
+    try:
+        with open(temporary, "wb", buffering=1 << 20) as file:
+            stream = Checksummed(file)
+            pattern = f"imagenet-{plan.split}-%06d.tar"
+            # mtime=0: a float time would add a kilobyte of PAX headers to every member, other bytes every run.
+            options = dict(start_shard=number, maxsize=float("inf"), verbose=0, mtime=0, opener=lambda _: stream)
+            with wds.ShardWriter(pattern, maxcount=len(images), **options) as shard:
+                for image in images:
+                    data = (plan.root / image.path).read_bytes()
+                    if len(data) != image.size:
+                        raise ShardError(
+                            f"{plan.root / image.path}: {len(data)} bytes, {image.size} when listed; "
+                            "leave the tree alone and start again"
+                        )
+                    if problem := flaw(data):
+                        skipped.append([image.path, problem])
+                    else:
+                        shard.write({"__key__": image.key, "jpg": data, "cls": image.label})
+                    with images_done, bytes_done:
+                        images_done.value += 1
+                        bytes_done.value += image.size
+                    if stop.value:
+                        raise Stopped
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave a renamed file without its bytes
+        if skip_bad or not skipped:
+            os.rename(temporary, path)
+    except OSError as error:
+        raise ShardError(f"{error.filename or path}: {error.strerror}; mend that and start again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "url": path.name,
+        "nsamples": len(images) - len(skipped),
+        "filesize": stream.size,
+        "sha256": stream.sha256.hexdigest(),
+        "skipped": skipped,
+    }
+
+
+# ---------------------------------------------------------------- plan → all shards + index
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finished_shards(plan: Plan, folder: Path, skip_bad: bool) -> dict[int, dict]:
+    """The index entries, by shard number, of the shards that an earlier run left whole.
+
+    Read from the index or, before there is one, from the journal: a line with the recipe, then a line a shard.
+    ShardError if what lies in the folder was made from something else than this plan.
+    """
+    index, journal = folder / f"imagenet-{plan.split}.json", folder / f"imagenet-{plan.split}.journal"
+    advice = "use the same arguments, another --shards folder, or --overwrite"
+    record = index if index.exists() else journal
+    if not record.exists():
+        if shards := list(folder.glob(f"imagenet-{plan.split}-*.tar")):
+            raise ShardError(f"{folder}: holds {len(shards)} {plan.split} shards without an index; {advice}")
+        return {}
+    try:
+        if record == index:
+            content = json.loads(index.read_text())
+            recipe, entries = content["recipe"], content["shardlist"]
+        else:
+            recipe, *entries = map(json.loads, journal.read_text().split("\n")[:-1])  # a crash may cut the last line
+        entries = {entry["url"]: entry for entry in entries if entry["filesize"] >= 0 and entry["skipped"] is not None}
+        odd = [f"{name} {recipe[name]} then, {value} now" for name, value in plan.recipe.items() if recipe[name] != value]
+    except (ValueError, KeyError, TypeError):
+        raise ShardError(f"{record}: not written by this program; {advice}") from None
+    if odd:
+        raise ShardError(f"{folder}: its {plan.split} shards have another recipe ({'; '.join(odd)}); {advice}")
+
+    whole = {}
+    for number in range(len(plan.shards)):
+        path = folder / plan.name(number)
+        entry = entries.get(path.name)
+        if entry and path.is_file() and path.stat().st_size == entry["filesize"]:
+            if skip_bad or not entry["skipped"]:
+                whole[number] = entry
+    return whole
+
+
+def work(plan: Plan, folder: Path, todo: list[int], skip_bad: bool, workers: int) -> Iterator[tuple[int, dict]]:
+    """Write the shards `todo` in `workers` processes; yield (number, index entry) as they come, in any order."""
+    counters = [multiprocessing.Value("q", 0) for _ in range(3)]
+    images_done, bytes_done, stop = counters
+    start = [0]
+    for images in plan.shards:
+        start.append(start[-1] + len(images))
+    total = sum(image.size for number in todo for image in plan.shards[number])
+    bar = tqdm(total=sum(len(plan.shards[n]) for n in todo), desc=plan.split, unit=" images", disable=None)
+    with bar, ProcessPoolExecutor(workers, initializer=start_worker, initargs=counters) as pool:
+        waiting, running = list(reversed(todo)), {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    number = waiting.pop()
+                    images = plan.shards[number]
+                    size = sum(image.payload for image in images)
+                    line = f"{folder / plan.name(number)} {len(images)} {human(size)} {start[number]}"
+                    tqdm.write(f"# writing {line}", file=sys.stdout)
+                    brief = plan._replace(shards=[], classes=[])  # the worker needs its own images only
+                    running[pool.submit(write_shard, brief, number, folder, images, skip_bad)] = number
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.set_postfix_str(f"{human(bytes_done.value)} of {human(total)}", refresh=False)
+                bar.update(images_done.value - bar.n)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise ShardError(
+                "a worker process was killed (out of memory?); start again with fewer --workers: whole shards are kept"
+            ) from None
+        finally:
+            stop.value = 1
+
+
+def human(size: float) -> str:
+    """Bytes for people, in powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
+    """Write all shards of a plan that are not whole yet, then the index. ShardError leaves no index."""
+    index, journal = folder / f"imagenet-{plan.split}.json", folder / f"imagenet-{plan.split}.journal"
+    entries = finished_shards(plan, folder, skip_bad=True)
+    if not (index.exists() and len(entries) == len(plan.shards)):
+        entries = finished_shards(plan, folder, skip_bad)
+        todo = [number for number in range(len(plan.shards)) if number not in entries]
+        lines = [json.dumps(line) + "\n" for line in (plan.recipe, *entries.values())]
+        write_whole(journal, "".join(lines))
+        index.unlink(missing_ok=True)
+        for number in todo:
+            for leftover in folder.glob(f"{plan.name(number)}*"):  # of a run that was killed
+                leftover.unlink()
+        if entries:
+            print(f"# keeping {len(entries)} of {len(plan.shards)} {plan.split} shards that are whole")
+
+        bad, begun = [], time.monotonic()
+        with open(journal, "a", encoding="utf-8") as log:
+            for number, entry in work(plan, folder, todo, skip_bad, workers):
+                bad += entry["skipped"]
+                if skip_bad or not entry["skipped"]:
+                    entries[number] = entry
+                    log.write(json.dumps(entry) + "\n")
+                    log.flush()
+        for path, problem in sorted(bad):
+            print(f"# bad image {plan.root / path}: {problem}", file=sys.stderr)
+        if bad and not skip_bad:
+            raise ShardError(
+                f"{plan.root / plan.split}: {len(bad)} bad images, named above; mend or remove them, "
+                "or start again with --skip-bad to leave them out (the whole shards are kept)"
+            )
+        rate = sum(len(plan.shards[n]) for n in todo) / (time.monotonic() - begun)
+        print(f"# {plan.split}: {rate:,.0f} images/s")
+
+    shardlist = [entries[number] for number in range(len(plan.shards))]
+    samples, size = (sum(entry[k] for entry in shardlist) for k in ("nsamples", "filesize"))
+    content = {
+        "__kind__": "wids-shard-index-v1",  # github.com/webdataset/webdataset: wids; other keys are ours
+        "wids_version": 1,
+        "name": f"imagenet-{plan.split}",
+        "shardlist": shardlist,
+        "classes": plan.classes,
+        "recipe": plan.recipe,
+    }
+    write_whole(index, json.dumps(content, indent=1) + "\n")
+    journal.unlink(missing_ok=True)
+    skipped = sum(len(entry["skipped"]) for entry in shardlist)
+    note = f", {skipped} bad images left out" if skipped else ""
+    print(f"# {index}: {len(shardlist)} shards, {samples} images, {human(size)}, {len(plan.classes)} classes{note}")
+
+
+def write_info(folder: Path) -> None:
+    """_info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the indexes that are there."""
+    splits = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        index = folder / f"imagenet-{split}.json"
+        if index.exists():
+            shards = json.loads(index.read_text())["shardlist"]
+            splits[name] = {
+                "name": name,
+                "num_samples": sum(shard["nsamples"] for shard in shards),
+                "filenames": [shard["url"] for shard in shards],
+                "shard_lengths": [shard["nsamples"] for shard in shards],
+            }
+    write_whole(folder / "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above zero; 1e9 is as good as 1000000000."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(
+        description="Convert the ImageNet tree into WebDataset shards and an index.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--imagenet", metavar="DIR", type=Path, required=True, help="folder with train/ and val/ of class folders")
+    add("--shards", metavar="DIR", type=Path, default="./data", help="folder for the shards and the index")
+    add("--splits", default="train,val", help="what to convert: train, val or both with a comma")
+    add("--seed", type=int, default=0, help="of the one shuffle over each split")
+    add("--maxsize", metavar="BYTES", type=positive, default=1e9, help="a shard is closed when it holds as many")
+    add("--maxcount", metavar="N", type=positive, default=100000, help="… or as many samples")
+    add("--workers", metavar="N", type=positive, default=cores, help="processes, each writing whole shards")
+    add("--skip-bad", action="store_true", help="leave out, and list, images that are no JPEG or PNG")
+    add("--overwrite", action="store_true", help="replace shards that were made with other arguments")
+    args = parser.parse_args(argv)
+    if not set(args.splits.split(",")) <= set(ARCHIVES):
+        parser.error(f"argument --splits: {args.splits!r} is not train, val or train,val")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    root, folder = args.imagenet.expanduser(), args.shards.expanduser()
+    try:
+        if not root.is_dir():
+            raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
+        splits = dict.fromkeys(args.splits.split(","))  # once each, in the order given
+        plans = [make_plan(root, split, args.seed, args.maxsize, int(args.maxcount)) for split in splits]
+        folder.mkdir(parents=True, exist_ok=True)
+        for plan in plans:
+            if args.overwrite:  # the index first: it vouches for the shards
+                for name in (f"imagenet-{plan.split}.json", f"imagenet-{plan.split}.journal"):
+                    (folder / name).unlink(missing_ok=True)
+                for shard in folder.glob(f"imagenet-{plan.split}-*.tar"):
+                    shard.unlink()
+            else:
+                finished_shards(plan, folder, args.skip_bad)  # refuse before hours of work, not after
+        for plan in plans:
+            convert(plan, folder, args.skip_bad, int(args.workers))
+        write_info(folder)
+    except ShardError as error:
+        print(f"imagenet_shards.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"imagenet_shards.py: {error.filename}: {error.strerror}; mend that and start again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("imagenet_shards.py: interrupted; the same command goes on from the whole shards", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,853 @@
+"""Train a ResNet on ImageNet from WebDataset shards: from a prefix to a gradient, with PyTorch Lightning.
+
+    python imagenet_train.py --shards=./data
+    python imagenet_train.py --shards='pipe:curl -s http://localhost:8080/' --devices=8
+    python imagenet_train.py --shards='pipe:gsutil cat gs://bucket/%s' --resume
+
+In:  a prefix under which imagenet_shards.py's shards and index lie: a folder, a URL or a command that prints a file.
+Out: --output holds last.ckpt, best.ckpt and logs/; the terminal shows loss, top-1, images/s and the wait for data.
+
+Guarantee: in an epoch no image is trained on twice and fewer than ranks × batch rest; validation sees every image
+exactly once, on any number of ranks, or says so and fails. The order, the crops and the flips are a function of the
+seed: a run that is killed and resumed makes the batches that it would have made. Nothing is skipped in silence.
+
+Expect with the defaults (ResNet-50, 90 epochs, NVIDIA's recipe): 77.1 ± 0.1 % top-1 as published with this recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import torchvision
+import webdataset as wds
+from PIL import Image, ImageDraw
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, get_worker_info
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms.functional import pil_to_tensor
+
+
+class TrainError(Exception):
+    """What the user can mend, in one line: what was named, what is there, what to do."""
+
+
+# ---------------------------------------------------------------- prefix → bytes
+
+
+def locate(prefix: str, name: str) -> str:
+    """Where the file `name` lies: a path, or pipe:COMMAND. %s in the prefix stands for the name, else it is appended."""
+    command = prefix.startswith("pipe:")
+    quoted = shlex.quote(name) if command else name
+    if "%s" in prefix:  # not the % operator: a prefix may hold %20 and other percent signs
+        place = prefix.replace("%s", quoted)
+    elif command or prefix.endswith(("/", "=")):
+        place = prefix + quoted
+    else:
+        place = f"{prefix}/{quoted}"
+    if place.startswith(("http://", "https://")):
+        # -f: a 404 is an error, not a page. Not --retry: inside a pipe it repeats bytes that were delivered.
+        return f"pipe:curl -sfL --connect-timeout 30 {shlex.quote(place)}"
+    if not command and re.match(r"[a-z][a-z0-9+.-]*://", place):
+        raise TrainError(f"{prefix}: can't read this kind of URL; name a command, say pipe:gsutil cat gs://bucket/%s")
+    return place
+
+
+class Source:
+    """The bytes of one file under the prefix, to read once from its beginning.
+
+    A command's exit status and its messages are looked at by `trouble`, after the last byte: before that
+    neither an error nor an end of the data can be told from a download that broke.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place, self.process = place, None
+        if place.startswith("pipe:"):
+            self.messages = tempfile.TemporaryFile()
+            self.process = subprocess.Popen(
+                place[len("pipe:") :],
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self.messages,
+                bufsize=1 << 20,
+                start_new_session=True,  # so that close() ends the whole command, all its children included
+            )
+            self.stream = self.process.stdout
+        else:
+            try:
+                self.stream = open(place, "rb", buffering=8 << 20)  # few large reads: disks that spin like them
+            except OSError as error:
+                raise TrainError(f"{place}: {error.strerror}; make it with imagenet_shards.py") from None
+        self.read = self.stream.read
+
+    def trouble(self) -> str | None:
+        """Read to the end, wait, and say why the command failed; None if it did not."""
+        while self.read(1 << 20):
+            pass
+        if self.process is None or self.process.wait() == 0:
+            return None
+        self.messages.seek(0)
+        said = self.messages.read()[-400:].decode(errors="replace").strip().replace("\n", " | ")
+        return f"{self.place!r} ended with exit status {self.process.returncode}" + (f" and said: {said}" if said else "")
+
+    def close(self) -> None:
+        """End the command, if it still runs, and let go of everything; silent, for a reader may stop early."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+            self.messages.close()
+        self.stream.close()
+
+
+# ---------------------------------------------------------------- prefix → index
+
+
+class Index(NamedTuple):
+    """What imagenet_shards.py wrote about a split."""
+
+    prefix: str
+    names: list[str]  # of the shards
+    counts: list[int]  # samples in each
+    classes: list[str]  # wnids; a label is a position in this list
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+def read_index(prefix: str, split: str) -> Index:
+    """Read and check imagenet-SPLIT.json; TrainError if it is not there, cut, or not an index."""
+    name = f"imagenet-{split}.json"
+    source = Source(place := locate(prefix, name))
+    try:
+        data = source.read(1 << 28)
+        if trouble := source.trouble():
+            raise TrainError(f"{name}: {trouble}; is --shards={prefix} right?")
+    finally:
+        source.close()
+    advice = f"--shards={prefix} must lead to what imagenet_shards.py wrote"
+    try:
+        found = json.loads(data)
+        index = Index(
+            prefix, [s["url"] for s in found["shardlist"]], [s["nsamples"] for s in found["shardlist"]], found["classes"]
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        kind = f"{len(data)} bytes that begin {data[:40]!r}" if data else "nothing"
+        raise TrainError(f"{place}: expected an index, found {kind}; {advice}") from None
+    # Names end up in a shell command and a path, so they may come only in the form in which we write them.
+    odd = [n for n in index.names if not (isinstance(n, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", n))]
+    odd += [n for n in index.counts if type(n) is not int or n < 0]
+    odd += [n for n in index.classes if not isinstance(n, str)]
+    if odd or not index.total or not index.classes or len(set(index.names)) < len(index.names):
+        what = f"holds {odd[0]!r}" if odd else "has no images, no classes, or a shard twice"
+        raise TrainError(f"{place}: the index {what}; {advice}")
+    return index
+
+
+# ---------------------------------------------------------------- index → pieces
+
+
+class Piece(NamedTuple):
+    """A run of samples in one shard."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def steps_per_epoch(total: int, training: bool, world: int, batch: int) -> int:
+    """Batches that every rank makes: full ones only in training, enough for the largest share in validation."""
+    return total // (world * batch) if training else math.ceil(math.ceil(total / world) / batch)
+
+
+def batches_of(steps: int, worker: int, workers: int) -> range:
+    """The run of a rank's batches that one of its workers makes.
+
+    The loader takes batches from workers in turn, so the first steps % workers of them make one more.
+    """
+    first = worker * (steps // workers) + min(worker, steps % workers)
+    return range(first, first + steps // workers + (worker < steps % workers))
+
+
+def pieces_of(
+    counts: list[int],
+    training: bool,
+    seed: int,
+    epoch: int,
+    rank: int,
+    world: int,
+    worker: int,
+    workers: int,
+    batch: int,
+) -> list[Piece]:
+    """What one reader reads in one epoch, in order: a pure function, so that readers agree without a word.
+
+    Lay the epoch's shards, permuted by (seed, epoch) in training, on one line of N samples. In training rank r owns
+    the positions [r·steps·B, (r+1)·steps·B), in validation [r·N//world, (r+1)·N//world). Its batches are runs of its
+    positions, and each worker makes a run of its batches.
+    """
+    total = sum(counts)
+    order = list(range(len(counts)))
+    steps = steps_per_epoch(total, training, world, batch)
+    if training:
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        first, last = rank * steps * batch, (rank + 1) * steps * batch
+    else:
+        first, last = rank * total // world, (rank + 1) * total // world
+    mine = batches_of(steps, worker, workers)
+    start, stop = (min(first + n * batch, last) for n in (mine.start, mine.stop))
+
+    ends = list(itertools.accumulate(counts[shard] for shard in order))
+    pieces = []
+    for place in range(bisect.bisect_right(ends, start), len(ends)):
+        begin = ends[place] - counts[order[place]]
+        if begin >= stop:
+            break
+        pieces.append(Piece(order[place], max(start - begin, 0), min(stop, ends[place]) - begin))
+    return [piece for piece in pieces if piece.start < piece.stop]
+
+
+# ---------------------------------------------------------------- pieces → samples
+
+
+def tar_members(read) -> Iterator[tuple[str, bytes]]:
+    """(name, data) of every file in a plain ustar stream; ValueError says what is wrong with it.
+
+    Python's tarfile takes a cut header for the end of the archive; here only two zero blocks, or no more
+    bytes at a member's boundary, are an end.
+    """
+    while header := read(512):
+        if header == bytes(512):
+            return
+        if header.lstrip()[:1] == b"<":
+            raise ValueError("an HTML page")
+        if len(header) < 512:
+            raise ValueError("cut within a header")
+        checksum = sum(header[:148]) + sum(b"        ") + sum(header[156:])
+        try:
+            right = int(header[148:156].strip(b"\0 "), 8) == checksum
+            size = int(header[124:136].strip(b"\0 "), 8)
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError("a damaged tar header")
+        data = read(size)
+        padding = read(-size % 512)
+        if len(data) + len(padding) < size + -size % 512:
+            raise ValueError("cut within a member")
+        if header[156:157] in (b"0", b"\0"):  # a regular file; PAX and GNU extras tell nothing that we need
+            yield header[:100].rstrip(b"\0").decode("ascii", "replace"), data
+
+
+def tar_samples(read) -> Iterator[dict]:
+    """Samples {"__key__": str, "cls": bytes, "jpg": bytes} from adjacent members; ValueError as tar_members."""
+    sample: dict = {}
+    for name, data in tar_members(read):
+        key, _, extension = name.partition(".")
+        if sample.setdefault("__key__", key) != key or extension in sample:
+            raise ValueError(f"sample {sample['__key__']} lacks a member")
+        sample[extension] = data
+        if "cls" in sample and "jpg" in sample:
+            yield sample
+            sample = {}
+    if sample:
+        raise ValueError(f"sample {sample['__key__']} lacks a member")
+
+
+def read_piece(index: Index, piece: Piece) -> Iterator[dict]:
+    """The samples of one piece. TrainError, at the latest after the last one, if the shard is not what the index says."""
+    name, count = index.names[piece.shard], index.counts[piece.shard]
+    source = Source(locate(index.prefix, name))
+    found, trouble = 0, None
+    try:
+        try:
+            for sample in tar_samples(source.read):
+                found += 1
+                if found > piece.start:
+                    yield sample | {"__shard__": name}
+                if found == piece.stop < count:
+                    return  # the rest is other readers' work
+        except ValueError as error:
+            trouble = str(error)
+        failure = source.trouble()  # first the command's own word: it explains what looks like damage
+        if failure or trouble or found != count:
+            seen = f"{found} of {count} samples" + (f", then {trouble}" if trouble else "")
+            raise TrainError(f"{name}: found {seen}" + (f"; {failure}" if failure else f" in {source.place!r}"))
+    finally:
+        source.close()
+
+
+# ---------------------------------------------------------------- samples → batches
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in [0, 1]; torchvision's constants
+PADDING = -1  # the label of a row that only fills up a validation batch
+
+
+def random_crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom as torchvision.transforms.RandomResizedCrop draws them: 8–100 % of the area, 3:4 to 4:3."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # too long or too tall: the middle
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def center_crop(width: int, height: int, size: int, resize: int) -> tuple[float, float, float, float]:
+    """The box, in the image's own pixels, that torchvision's Resize(resize) and CenterCrop(size) leave."""
+    short = min(width, height)
+    w, h = int(resize * width / short), int(resize * height / short)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return left * width / w, top * height / h, (left + size) * width / w, (top + size) * height / h
+
+
+def decode(sample: dict, size: int, resize: int, training: bool, seed: int, epoch: int, classes: int):
+    """One sample → (uint8 [size, size, 3], label). TrainError names the shard and the key of what can't be decoded.
+
+    The crop and the flip are drawn from (seed, epoch, key), so it does not matter who decodes the image, or when.
+    """
+    try:
+        label = int(sample["cls"])
+        if not 0 <= label < classes:
+            raise ValueError(f"label {label}, but the index has {classes} classes")
+        image = Image.open(io.BytesIO(sample["jpg"]), formats=["JPEG", "PNG"])  # the name may lie: n02105855_2933 is a PNG
+        if image.mode != "RGB":
+            image = image.convert("RGB")  # greyscale and CMYK; on an RGB image it would only copy
+        if not training:
+            box = center_crop(*image.size, size, resize)
+            pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+            return pixels.permute(1, 2, 0), label
+        rng = random.Random(f"{seed}/{epoch}/{sample['__key__']}")
+        # Torch's resize of a uint8 image in this memory order is twice as fast as Pillow's.
+        pixels = pil_to_tensor(image.crop(random_crop(*image.size, rng)))[None]
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        return (pixels.flip(1) if rng.random() < 0.5 else pixels), label
+    except Exception as error:  # Pillow raises many kinds on bad bytes
+        raise TrainError(f"{sample['__shard__']}: {sample['__key__']}: {str(error) or type(error).__name__}") from None
+
+
+def collate(samples: list) -> list[torch.Tensor]:
+    """Samples → [images uint8 [B, S, S, 3], labels int64 [B]]."""
+    images, labels = zip(*samples)
+    return [torch.stack(images), torch.tensor(labels)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """All that decides which batches one rank gets; the same for all its workers."""
+
+    index: Index
+    training: bool
+    batch: int  # images a rank
+    size: int  # pixels, of the crop
+    resize: int = 256  # pixels, of the shorter side before the crop; validation only
+    shuffle: int = 0  # undecoded samples in a worker's shuffle buffer
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    workers: int = 0  # loader processes; 0 reads in the main one
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self.index.total, self.training, self.world, self.batch)
+
+
+def my_worker(reader: Reader, done: int) -> int:
+    """Which worker this process is. The loader asks process 0 first, so after `done` batches it is another's turn."""
+    info = get_worker_info()
+    return ((info.id if info else 0) + done) % max(1, reader.workers)
+
+
+def my_pieces(reader: Reader, epoch: int, done: int) -> Iterator[Piece]:
+    place = (reader.rank, reader.world, my_worker(reader, done), max(1, reader.workers))
+    yield from pieces_of(reader.index.counts, reader.training, reader.seed, epoch, *place, reader.batch)
+
+
+def read_pieces(pieces: Iterable[Piece], index: Index) -> Iterator[dict]:
+    for piece in pieces:
+        yield from read_piece(index, piece)
+
+
+def shuffle(samples: Iterator[dict], reader: Reader, epoch: int, done: int) -> Iterator[dict]:
+    """A buffer of undecoded samples, shuffled by (seed, epoch, rank, worker)."""
+    seed = f"{reader.seed}/{epoch}/{reader.rank}/{my_worker(reader, done)}"
+    stage = wds.shuffle(reader.shuffle, initial=reader.shuffle // 4, seed=seed)
+    return stage(samples) if reader.shuffle > 1 else samples
+
+
+def resume(samples: Iterator[dict], reader: Reader, done: int) -> Iterator[dict]:
+    """Drop, undecoded, the samples of the batches that this worker made before the run was stopped."""
+    worker, workers = my_worker(reader, done), max(1, reader.workers)
+    made = len(range(worker, done, workers))
+    return itertools.islice(samples, made * reader.batch, None)
+
+
+def pad(batches: Iterator[list], reader: Reader, done: int) -> Iterator[list]:
+    """Fill up validation's batches: the last one to full size, and as many as the other ranks make."""
+    worker, workers = my_worker(reader, done), max(1, reader.workers)
+    for _ in batches_of(reader.steps, worker, workers)[len(range(worker, done, workers)) :]:
+        images, labels = next(batches, (torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0)))
+        missing = reader.batch - len(labels)
+        labels = F.pad(labels.long(), (0, missing), value=PADDING)
+        yield [F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)), labels]
+
+
+def carry_errors(batches: Iterator[list]) -> Iterator[list | TrainError]:
+    """Hand an error over as if it were a batch: DataLoader would wrap it in pages of traceback."""
+    try:
+        yield from batches
+    except TrainError as error:
+        yield error
+
+
+def pipeline(reader: Reader, epoch: int, done: int) -> wds.DataPipeline:
+    """One epoch's batches [images uint8 [B, S, S, 3], labels int64 [B]] after the first `done`, in this worker."""
+    how = dict(size=reader.size, resize=reader.resize, training=reader.training, seed=reader.seed, epoch=epoch)
+    return wds.DataPipeline(
+        partial(my_pieces, reader, epoch, done),  #                          → pieces
+        partial(read_pieces, index=reader.index),  #                         → samples, undecoded, verified
+        partial(shuffle, reader=reader, epoch=epoch, done=done),  #          → samples, shuffled
+        partial(resume, reader=reader, done=done),  #                        → samples not yet used
+        wds.map(partial(decode, classes=len(reader.index.classes), **how)),  # → (uint8 [S, S, 3], label)
+        wds.batched(reader.batch, collation_fn=collate),  #                  → [uint8 [B, S, S, 3], int64 [B]]
+        partial(pad, reader=reader, done=done),
+        carry_errors,
+    )
+
+
+class Loader:
+    """One rank's batches, epoch after epoch: [images uint8 [B, S, S, 3], labels int64 [B], −1 for padding].
+
+    It owns its epoch and its place in it, because Lightning calls iter() before it knows the epoch. Lightning puts
+    state_dict() into each checkpoint; only rank 0's is kept, so nothing in it may differ between ranks.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader, self.epoch, self.done = reader, 0, 0
+        self.waited = 0.0  # seconds, in all, that the training loop stood still for want of a batch
+
+    def __len__(self) -> int:
+        """Exact, on every rank: Lightning skips validation in silence if fewer come."""
+        return self.reader.steps
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        epoch, done = self.epoch, self.done
+        stages = pipeline(self.reader, epoch, done)
+        loader = DataLoader(
+            stages, batch_size=None, num_workers=self.reader.workers, pin_memory=torch.cuda.is_available()
+        )
+        batches = iter(loader)
+        while done < len(self):
+            begun = time.perf_counter()
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise TrainError(
+                    f"a loader process was killed ({error}); is memory or /dev/shm too small? "
+                    "Give fewer --workers or a smaller --shuffle"
+                ) from None
+            if isinstance(batch, TrainError):
+                raise batch
+            self.waited += time.perf_counter() - begun
+            done += 1
+            self.epoch, self.done = (epoch, done) if done < len(self) else (epoch + 1, 0)
+            yield batch
+
+    def _plan(self) -> dict[str, int]:
+        """What must not change in the middle of an epoch."""
+        names = ("batch", "shuffle", "seed", "world", "workers")
+        return {name: getattr(self.reader, name) for name in names} | {"images": self.reader.index.total}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "done": self.done} | self._plan()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        odd = [f"{name} {state.get(name)} then, {value} now" for name, value in self._plan().items()
+               if state.get(name) != value]
+        if odd and state["done"]:
+            raise TrainError(
+                f"--resume: the checkpoint lies within an epoch and was made with other settings ({'; '.join(odd)}); "
+                "resume with the same ones, or from a checkpoint of an epoch's end such as best.ckpt"
+            )
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class ImageNetData(pl.LightningDataModule):
+    """The loaders of both splits, for this rank.
+
+    The training loader's place is restored here: Lightning restores a loader's own state too, but only within an
+    epoch, and a run that resumed at an epoch's end would start over with the first epoch's batches.
+    """
+
+    def __init__(self, train: Reader, val: Reader) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.place: dict | None = None
+
+    def _loader(self, reader: Reader) -> Loader:
+        return Loader(replace(reader, rank=self.trainer.global_rank, world=self.trainer.world_size))
+
+    def train_dataloader(self) -> Loader:
+        self.loader = self._loader(self.train)
+        if self.place:
+            self.loader.load_state_dict(self.place)
+        return self.loader
+
+    def val_dataloader(self) -> Loader:
+        return self._loader(self.val)
+
+    def state_dict(self) -> dict:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.place = state
+
+
+# ---------------------------------------------------------------- batches → gradients
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """Linear from peak/warmup up to the peak over `warmup` steps, then half a cosine down to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def build_model(name: str, classes: int) -> torch.nn.Module:
+    """A freshly initialised classification model of torchvision.models with `classes` outputs."""
+    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+class Classifier(pl.LightningModule):
+    """The network, its loss, its optimiser and its metrics.
+
+    lr: peak, for 256 images a global batch · warmup_epochs: epochs of linear warm-up · images: in validation
+    """
+
+    def __init__(
+        self, model: str, classes: int, lr: float, momentum: float, weight_decay: float, label_smoothing: float,
+        warmup_epochs: float, images: int, seed: int = 0, compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = build_model(model, classes).to(memory_format=torch.channels_last)
+        if compile:
+            self.model.compile()
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
+        top = {f"val_top{k}": MulticlassAccuracy(classes, min(k, classes), "micro", ignore_index=PADDING) for k in (1, 5)}
+        self.accuracy = MetricCollection(top)
+        self.loss, self.seen = MeanMetric(), SumMetric()
+        self.window = (0, 0.0, 0.0)  # step, seconds waited, clock: where the last window of the log ended
+        self.shown: dict[str, float] = {}  # in the progress bar
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, S, S, 3] → logits [B, classes]. The permuted view is channels_last as it lies: no copy."""
+        return self.model((images.permute(0, 3, 1, 2) - self.mean) / self.std)
+
+    def configure_optimizers(self) -> dict:
+        h = self.hparams
+        groups = [  # norms and biases are the parameters with one dimension: He et al., arXiv:1812.01187, section 3.1
+            {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": h.weight_decay},
+            {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        trainer, data = self.trainer, self.trainer.datamodule.train
+        # Not trainer.estimated_stepping_batches: it sets the loader up before the checkpoint's place is known.
+        steps = data.steps
+        total = min(trainer.max_epochs * steps, trainer.max_steps if trainer.max_steps > 0 else sys.maxsize)
+        peak = h.lr * data.batch * data.world / 256
+        warmup = min(round(h.warmup_epochs * steps), total // 2)
+        optimizer = torch.optim.SGD(groups, lr=peak, momentum=h.momentum)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, peak=1, warmup=warmup, total=total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        images, labels = batch
+        if batch_idx != (self.trainer.datamodule.loader.done - 1) % len(self.trainer.datamodule.loader):
+            raise RuntimeError(f"Lightning is at batch {batch_idx}, the loader at {self.trainer.datamodule.loader.done}")
+        # Dropout too is a function of (seed, step, rank): a resumed run draws what it would have drawn.
+        torch.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams.label_smoothing)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._log(loss, len(labels) * self.trainer.world_size)
+        return loss
+
+    def _log(self, loss: torch.Tensor, global_batch: int) -> None:
+        """Log the loss, all ranks' images/s and the share of time that this one waited for data since the last call.
+
+        Not self.log(…, prog_bar=True): from then on that reads the number off the device, and waits for it, every step.
+        """
+        step, waited, clock = self.window
+        self.window = self.global_step, self.trainer.datamodule.loader.waited, time.perf_counter()
+        self.shown = {"loss": loss.item()}
+        if clock:
+            seconds = self.window[2] - clock
+            self.shown["images/s"] = (self.window[0] - step) * global_batch / seconds
+            self.shown["wait"] = (self.window[1] - waited) / seconds
+        self.log_dict({f"train_{name}": value for name, value in self.shown.items()})
+
+    def on_validation_epoch_start(self) -> None:
+        self.accuracy.reset(), self.loss.reset(), self.seen.reset()
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        real = (labels != PADDING).sum()
+        logits = self(images).float()
+        self.seen.update(real)
+        self.accuracy.update(logits, labels)
+        loss = F.cross_entropy(logits, labels, ignore_index=PADDING, reduction="sum")
+        self.loss.update(loss / real.clamp(min=1), weight=real)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and print the result; TrainError unless every image was seen exactly once over all ranks."""
+        seen, wanted = int(self.seen.compute()), self.hparams.images
+        result = {"val_loss": self.loss.compute(), **self.accuracy.compute()}
+        self.log_dict(result)
+        top1, top5 = (100 * float(result[f"val_top{k}"]) for k in (1, 5))
+        self.print(
+            f"validated {seen}/{wanted} images: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
+            f"loss {float(result['val_loss']):.4f} (epoch {self.current_epoch + 1}, step {self.global_step})"
+        )
+        if seen != wanted:
+            raise TrainError(f"validation saw {seen} images, the index lists {wanted}")
+        self.window = (0, 0.0, 0.0)  # validation's seconds are not training's
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the last numbers that Classifier logged."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: Classifier) -> dict[str, str]:
+        forms = {"loss": ".3f", "images/s": ",.0f", "wait": ".0%"}
+        return {name: format(value, forms[name]) for name, value in module.shown.items()}
+
+
+# ---------------------------------------------------------------- preview
+
+
+def preview(reader: Reader, path: Path) -> None:
+    """Draw up to 64 images of the first training batch, as they go to the device, with label and wnid."""
+    images, labels = next(iter(Loader(reader)))
+    images, labels = images[:64], labels[:64].tolist()
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = max(reader.size, 90) + 4, reader.size + 16
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (pixels, label) in enumerate(zip(images, labels)):
+        left, top = place % columns * width, place // columns * height
+        sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
+        draw.text((left + 2, top + reader.size + 2), f"{label} {reader.index.classes[label]}", "black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    print(f"{path}: {len(images)} images of the first training batch, {reader.size} × {reader.size} px")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a number of this kind within [low, high]."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a torchvision model on ImageNet from WebDataset shards.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count, pixels, real = number(int, 1), number(int, 16, 4096), number(float, 0)
+    models = torchvision.models.list_models(module=torchvision.models)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--shards", "--base", metavar="PREFIX", default="./data",
+        help="where the shards lie: a folder, http(s)://…, or pipe:COMMAND; %%s becomes a file's name, else it is appended")
+    add("--batch-size", metavar="N", type=count, default=256, help="images per device and step")
+    add("--workers", metavar="N", type=number(int, 0), default=None,
+        help="loader processes per rank (default: this rank's share of the cores)")
+    add("--train-size", metavar="PX", type=pixels, default=224, help="side of a training crop, pixels")
+    add("--val-size", metavar="PX", type=pixels, default=224, help="side of the validation crop, pixels")
+    add("--val-resize", metavar="PX", type=pixels, default=256, help="shorter side before the validation crop, pixels")
+    add("--shuffle", metavar="N", type=number(int, 0), default=2000,
+        help="undecoded samples (about 110 KB each) in a worker's shuffle buffer")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="decides weights, order, crops and flips")
+    add("--preview", metavar="FILE.png", type=Path, help="write a labelled sheet of a training batch, and exit")
+
+    add = parser.add_argument_group("model and recipe (defaults: NVIDIA's ResNet-50 v1.5, 90 epochs)").add_argument
+    add("--model", metavar="NAME", choices=models, default="resnet50",
+        help="any classification model of torchvision.models")
+    add("--lr", type=real, default=0.256, help="peak learning rate for a global batch of 256; scaled with the real one")
+    add("--momentum", type=number(float, 0, 1), default=0.875, help="of SGD")
+    add("--weight-decay", type=real, default=1 / 32768, help="not on norms and biases")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.1, help="share of the target spread over all classes")
+    add("--warmup-epochs", type=real, default=8, help="epochs of linear warm-up, at most half the run")
+    add("--compile", action="store_true", help="compile the model with torch.compile")
+
+    add = parser.add_argument_group("trainer (Lightning's names)").add_argument
+    add("--accelerator", default="auto", help="auto, cpu, gpu, …")
+    add("--devices", default="auto", help="per node: auto, a number, or a list such as 0,2")
+    add("--num-nodes", metavar="N", type=count, default=1, help="machines")
+    add("--precision", default=None, help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
+    add("--max-epochs", metavar="N", type=count, default=90, help="epochs to train")
+    add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after as many steps; -1: no limit")
+    add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="DIR", type=Path, default="./output", help="folder for checkpoints and logs")
+    add("--checkpoint-every", metavar="N", type=number(int, 0), default=0,
+        help="steps between checkpoints within an epoch; 0: at its end only")
+    add("--resume", metavar="PATH", nargs="?", const="", default=None,
+        help="go on from a checkpoint; without PATH from the last one in --output, if there is one")
+    args = parser.parse_args(argv)
+    if args.val_size > args.val_resize:
+        parser.error(f"--val-size {args.val_size} does not fit into --val-resize {args.val_resize}; lower the one or "
+                     "raise the other")
+    return args
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from. TrainError if it is missing, or if a fresh run would overwrite one."""
+    last = args.output / "last.ckpt"
+    if args.resume:
+        if not os.path.isfile(args.resume):
+            raise TrainError(f"--resume={args.resume}: no such file")
+        return Path(args.resume)
+    if args.resume is None and last.exists():
+        raise TrainError(f"{last}: exists; --resume to go on from it, --output for another folder, or remove it")
+    if args.resume == "" and not last.exists():
+        print(f"--resume: no {last} yet, so this is a fresh start")
+    return last if last.exists() else None
+
+
+def make_trainer(args: argparse.Namespace) -> pl.Trainer:
+    """Lightning's Trainer as the flags want it; TrainError for a device or precision that is not to be had."""
+    precision = args.precision
+    if precision is None:
+        gpu = args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    output = args.output.absolute()
+    loggers = [CSVLogger(output, name="logs")]
+    try:
+        loggers.append(TensorBoardLogger(output, name="logs", version=loggers[0].version))
+    except ModuleNotFoundError:
+        pass  # TensorBoard is not installed
+    save = partial(ModelCheckpoint, dirpath=output, enable_version_counter=False, auto_insert_metric_name=False)
+    callbacks = [
+        save(filename="best", monitor="val_top1", mode="max"),
+        save(filename="last", save_on_train_epoch_end=True),
+        LearningRateMonitor("step"),
+        ProgressBar(refresh_rate=1 if sys.stdout.isatty() else args.log_every),
+    ]
+    if args.checkpoint_every:
+        callbacks.append(save(filename="last", every_n_train_steps=args.checkpoint_every))
+    try:
+        return pl.Trainer(
+            accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,
+            max_epochs=args.max_epochs, max_steps=args.max_steps, log_every_n_steps=args.log_every,
+            logger=loggers, callbacks=callbacks, default_root_dir=output, enable_model_summary=False,
+            num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        flags = f"--accelerator={args.accelerator} --devices={args.devices} --precision={precision}"
+        raise TrainError(f"{flags}: {str(error).splitlines()[0]}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Cheap checks first, then train. TrainError for what the user can mend."""
+    splits = {split: read_index(args.shards, split) for split in ("train", "val")}
+    if splits["train"].classes != splits["val"].classes:
+        raise TrainError(f"--shards={args.shards}: train and val have different classes; convert both from one tree")
+    checkpoint = find_checkpoint(args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    common = dict(batch=args.batch_size, seed=args.seed)
+    train = Reader(splits["train"], True, size=args.train_size, shuffle=args.shuffle, **common)
+    if args.preview:
+        return preview(train, args.preview)
+    trainer = make_trainer(args)
+    workers = max(1, cores // (trainer.world_size // trainer.num_nodes)) if args.workers is None else args.workers
+    train = replace(train, workers=workers, world=trainer.world_size)
+    val = Reader(splits["val"], False, size=args.val_size, resize=args.val_resize, workers=workers, **common)
+    if not train.steps:
+        raise TrainError(
+            f"--batch-size={args.batch_size} × {trainer.world_size} ranks: more than the {train.index.total} training "
+            "images; give a smaller one"
+        )
+    if trainer.is_global_zero:
+        print(
+            f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {workers} workers, "
+            f"{trainer.precision}: "
+            f"{train.index.total:,} train images in {len(train.index.names)} shards, {val.index.total:,} val in "
+            f"{len(val.index.names)}, {len(train.index.classes)} classes; {train.steps:,} batches of "
+            f"{args.batch_size} × {trainer.world_size} an epoch; from {args.shards}"
+        )
+    pl.seed_everything(args.seed, verbose=False)
+    recipe = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "seed", "compile")
+    model = Classifier(
+        classes=len(train.index.classes), images=val.index.total, **{name: getattr(args, name) for name in recipe}
+    )
+    trainer.fit(model, datamodule=ImageNetData(train, val), ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        kept = [name for name in ("best.ckpt", "last.ckpt") if (args.output / name).exists()]
+        print(f"checkpoints: {', '.join(str(args.output / name) for name in kept)}; log: {trainer.logger.log_dir}/metrics.csv")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; warnings still come through
+    hush = "does not have many workers|exists and is not empty|smaller than the logging|find the monitored key|LeafSpec"
+    warnings.filterwarnings("ignore", f".*({hush}).*")  # Lightning's, of things that are meant so here
+    try:
+        run(args)
+    except TrainError as error:
+        print(f"imagenet_train.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Small real trees and shards, made once a test process."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from standin import make_tree  # noqa: E402
+
+import imagenet_shards  # noqa: E402
+
+# Of the tree in which a label names an image. Odd numbers, so that nothing divides evenly.
+TRAIN_IMAGES = VAL_IMAGES = 47
+
+
+def convert(tree: Path, folder: Path, *flags: str) -> int:
+    """Run imagenet_shards.py in this process; its exit status."""
+    return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", "--workers=2", *flags])
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """60 train and 30 val images in 10 classes, with ImageNet's oddities."""
+    root = tmp_path_factory.mktemp("standin") / "imagenet"
+    make_tree(root, train=6, val=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(tree, tmp_path_factory) -> Path:
+    """The tree in 9 train and 5 val shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    assert convert(tree, folder, "--maxcount=7") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unique(tmp_path_factory) -> Path:
+    """Shards of a tree with one image a class in each split: here a label names an image."""
+    root = tmp_path_factory.mktemp("unique")
+    for split, images in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for i in range(images):
+            path = root / "tree" / split / f"n{i:08d}" / f"{split}_{i}.JPEG"
+            path.parent.mkdir(parents=True)
+            Image.frombytes("RGB", (40, 36), random.Random(str(path.name)).randbytes(40 * 36 * 3)).save(path)
+    assert convert(root / "tree", root / "data", "--maxcount=9") == 0
+    return root / "data"

@@ -1,0 +1,52 @@
+"""imagenet_train.py as it stands, with a diary: every rank writes what it trained on and validated, and dies on demand.
+
+    RECORD=DIR [DIE_AT=STEP] [WORKERS="0 2 3"] python record.py [imagenet_train.py's arguments]
+
+DIR/rank-R.jsonl gets a line [epoch, step, "train" or "val", labels] a batch. With a tree of one image a class a label
+names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step. WORKERS: the number of loader
+processes; of several, a run each, one after the other, with the diary in DIR/workers-N.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import imagenet_train  # noqa: E402
+
+
+class Diary(pl.Callback):
+    def write(self, trainer: pl.Trainer, kind: str, batch: list) -> None:
+        folder.mkdir(exist_ok=True)
+        line = [trainer.current_epoch, trainer.global_step, kind, batch[1].tolist()]
+        with open(folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
+            print(json.dumps(line), file=file)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int) -> None:
+        if trainer.global_step == int(os.environ.get("DIE_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.write(trainer, "train", batch)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, module, batch: list, batch_idx: int, loader: int = 0) -> None:
+        self.write(trainer, "val", batch)
+
+
+def with_diary(args):
+    trainer = make_trainer(args)
+    trainer.callbacks.append(Diary())
+    return trainer
+
+
+make_trainer, imagenet_train.make_trainer = imagenet_train.make_trainer, with_diary
+
+if __name__ == "__main__":
+    folder, numbers = Path(os.environ["RECORD"]), os.environ.get("WORKERS", "2").split()
+    for workers in numbers:
+        several = [f"--output={folder}/out-{workers}"] if len(numbers) > 1 else []
+        folder = Path(os.environ["RECORD"]) / (f"workers-{workers}" if several else "")
+        if status := imagenet_train.main([*sys.argv[1:], f"--workers={workers}", *several]):
+            sys.exit(status)

@@ -1,0 +1,345 @@
+"""imagenet_shards.py: every image once, byte for byte, whatever happens on the way."""
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import webdataset as wds
+from conftest import convert
+from PIL import Image
+
+import imagenet_shards as script
+
+
+def samples(folder: Path, split: str) -> list[tuple[str, int, bytes]]:
+    """(key, label, image bytes) in the order of the shards, read with Python's tarfile; each key's members adjacent."""
+    found = []
+    for shard in sorted(folder.glob(f"imagenet-{split}-*.tar")):
+        with tarfile.open(shard, "r:") as tar:
+            members = [(m.name, tar.extractfile(m).read()) for m in tar]
+        for (cls_name, cls), (jpg_name, jpg) in zip(members[::2], members[1::2], strict=True):
+            key = cls_name.removesuffix(".cls")
+            assert (cls_name, jpg_name) == (f"{key}.cls", f"{key}.jpg")
+            found.append((key, int(cls), jpg))
+    return found
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of every file in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def copy(tree, tmp_path) -> Path:
+    """The tree, to spoil."""
+    return shutil.copytree(tree, tmp_path / "imagenet")
+
+
+# ---------------------------------------------------------------- the result
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_image_once_with_torchvisions_bytes_and_labels(tree, shards, split):
+    oracle = torchvision.datasets.ImageFolder(tree / split)
+    expected = {(Path(path).stem, label, Path(path).read_bytes()) for path, label in oracle.samples}
+    found = samples(shards, split)
+    assert len(found) == len(oracle) and set(found) == expected
+    labels = [label for _, label, _ in found]
+    assert labels != sorted(labels)  # shuffled over the whole split
+
+
+def test_the_devkit_changes_nothing(tree, shards, tmp_path, copy):
+    wnids = sorted(entry.name for entry in (tree / "train").iterdir())
+    torch.save(({wnid: (wnid,) for wnid in wnids}, []), copy / "meta.bin")  # what parse_devkit_archive leaves
+    assert convert(copy, tmp_path / "out", "--maxcount=7") == 0
+    assert everything(tmp_path / "out") == everything(shards)
+    oracle = torchvision.datasets.ImageNet(copy, "val")
+    assert {(Path(p).stem, label) for p, label in oracle.samples} == {s[:2] for s in samples(shards, "val")}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_index(tree, shards, split):
+    index = json.loads((shards / f"imagenet-{split}.json").read_text())
+    assert index["__kind__"] == "wids-shard-index-v1" and index["wids_version"] == 1
+    assert index["classes"] == torchvision.datasets.ImageFolder(tree / split).classes
+    assert [entry["url"] for entry in index["shardlist"]] == sorted(p.name for p in shards.glob(f"*-{split}-*.tar"))
+    for entry in index["shardlist"]:
+        data = (shards / entry["url"]).read_bytes()
+        assert entry["filesize"] == len(data) and entry["sha256"] == hashlib.sha256(data).hexdigest()
+        assert entry["nsamples"] == len(tarfile.open(shards / entry["url"]).getnames()) / 2
+
+
+def test_timms_info(shards):
+    splits = json.loads((shards / "_info.json").read_text())["splits"]
+    assert set(splits) == {"train", "validation"}
+    for name, pattern, total in (("train", "*-train-*.tar", 60), ("validation", "*-val-*.tar", 30)):
+        info = splits[name]
+        assert info["name"] == name and info["num_samples"] == sum(info["shard_lengths"]) == total
+        assert info["filenames"] == sorted(path.name for path in shards.glob(pattern))
+
+
+def test_webdataset_itself_reads_the_shards(shards):
+    urls = sorted(map(str, shards.glob("imagenet-train-*.tar")))
+    dataset = wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "cls")
+    found = [(key, cls, image.mode) for key, image, cls in dataset]
+    assert [item[:2] for item in found] == [item[:2] for item in samples(shards, "train")]
+    assert {mode for *_, mode in found} == {"RGB"}
+
+
+def test_plain_ustar_that_is_the_same_at_any_time(shards):
+    for shard in shards.glob("*.tar"):
+        for member in tarfile.open(shard):
+            assert (member.mtime, member.pax_headers, member.type) == (0, {}, tarfile.REGTYPE)
+            assert re.fullmatch(r"[\w-]+\.(cls|jpg)", member.name)
+
+
+def test_stdout_in_webdatasets_tradition(tree, tmp_path, capsys):
+    assert convert(tree, tmp_path / "out", "--maxcount=25", "--splits=train") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r" [\d.]+ MB ", " SIZE ", line) for line in lines[:3]] == [
+        f"# writing {tmp_path}/out/imagenet-train-000000.tar 25 SIZE 0",
+        f"# writing {tmp_path}/out/imagenet-train-000001.tar 25 SIZE 25",
+        f"# writing {tmp_path}/out/imagenet-train-000002.tar 10 SIZE 50",
+    ]
+    assert lines[-1].startswith(f"# {tmp_path}/out/imagenet-train.json: 3 shards, 60 images, ")
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("maxsize, maxcount", [(1e9, 7), (30_000, 100_000), (60_000, 4), (1, 1)])
+def test_shards_are_cut_where_shardwriter_cuts_them(tree, tmp_path, maxsize, maxcount):
+    plan = script.make_plan(tree, "train", 0, maxsize, maxcount)
+    with wds.ShardWriter(f"{tmp_path}/%d.tar", maxcount, maxsize, verbose=0) as oracle:
+        for image in itertools.chain(*plan.shards):
+            oracle.write({"__key__": image.key, "jpg": (tree / image.path).read_bytes(), "cls": image.label})
+    for number, images in enumerate(plan.shards):
+        names = tarfile.open(tmp_path / f"{number}.tar").getnames()[1::2]
+        assert names == [f"{image.key}.jpg" for image in images]
+    assert len(list(tmp_path.iterdir())) == len(plan.shards)
+
+
+def test_imagenet_itself_makes_147_and_7_shards():
+    # The official tar files less their padding: 146.9 GB in 1,281,167 and 6.7 GB in 50,000 images.
+    for total, count, expected in ((146.9e9, 1_281_167, 147), (6.7e9, 50_000, 7)):
+        rng = random.Random(0)
+        sizes = [rng.lognormvariate(0, 0.6) for _ in range(count)]
+        scale = total / sum(sizes)
+        images = [script.Image(f"train/n0/{i}.JPEG", i % 1000, int(size * scale)) for i, size in enumerate(sizes)]
+        assert len(script.plan_shards(images, 0, 1e9, 100_000)) == expected
+
+
+def test_the_seed_decides_the_order(tree):
+    orders = [script.make_plan(tree, "train", seed, 1e9, 100).shards[0] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and set(orders[0]) == set(orders[2])
+
+
+# ---------------------------------------------------------------- workers, kills, restarts
+
+
+def test_same_bytes_for_one_and_three_workers(tree, shards, tmp_path):
+    for workers in ("1", "3"):
+        assert convert(tree, tmp_path / workers, "--maxcount=7", f"--workers={workers}") == 0
+        assert everything(tmp_path / workers) == everything(shards)
+
+
+def run_apart(tree: Path, folder: Path) -> None:
+    os._exit(convert(tree, folder, "--maxcount=2"))
+
+
+def test_sigkill_at_random_moments_then_the_same_bytes(tree, tmp_path):
+    begun = time.monotonic()
+    assert convert(tree, tmp_path / "undisturbed", "--maxcount=2") == 0
+    duration = time.monotonic() - begun
+    folder, kills = tmp_path / "killed", 0
+    rng = random.Random(0)
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=run_apart, args=(tree, folder))
+        process.start()
+        time.sleep(rng.uniform(0, duration / 4))
+        os.kill(process.pid, signal.SIGKILL)  # its workers are left to notice by themselves
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        for split in ("train", "val"):
+            if (folder / f"imagenet-{split}.json").exists():
+                shards = json.loads((folder / f"imagenet-{split}.json").read_text())["shardlist"]
+                assert all((folder / s["url"]).stat().st_size == s["filesize"] for s in shards)
+    assert kills >= 3
+    assert convert(tree, folder, "--maxcount=2") == 0
+    assert everything(folder) == everything(tmp_path / "undisturbed")  # no temporary file is left either
+
+
+def test_restart_keeps_whole_shards_and_mends_the_rest(tree, shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    kept, cut, lost = (folder / f"imagenet-train-{number:06d}.tar" for number in range(3))
+    before = kept.stat()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    lost.unlink()
+    assert convert(tree, folder, "--maxcount=7") == 0
+    assert everything(folder) == everything(shards)
+    assert kept.stat().st_ino == before.st_ino and kept.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("flags", [["--seed=1"], ["--maxsize=40000"], ["--maxcount=8"]])
+def test_other_arguments_are_refused_unless_overwrite(tree, shards, tmp_path, capsys, flags):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    assert convert(tree, folder, "--maxcount=7", *flags) == 1
+    error = capsys.readouterr().err
+    assert "another recipe" in error and "--overwrite" in error and error.count("\n") == 1
+    assert everything(folder) == everything(shards)
+    assert convert(tree, folder, "--maxcount=7", *flags, "--overwrite") == 0
+    assert convert(tree, tmp_path / "fresh", "--maxcount=7", *flags) == 0
+    assert everything(folder) == everything(tmp_path / "fresh")
+
+
+def test_another_tree_is_refused(tree, shards, tmp_path, copy, capsys):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    next((copy / "train").rglob("*.JPEG")).unlink()
+    assert convert(copy, folder, "--maxcount=7") == 1
+    assert "images 60 then, 59 now" in capsys.readouterr().err
+    assert everything(folder) == everything(shards)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"shardlist": 3}', b"\xff\xfe", b"null"])
+def test_a_strange_index_is_refused(tree, shards, tmp_path, capsys, content):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    (folder / "imagenet-train.json").write_bytes(content)
+    assert convert(tree, folder, "--maxcount=7") == 1
+    assert "imagenet-train.json" in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert (folder / "imagenet-train.json").read_bytes() == content
+
+
+def test_shards_without_an_index_are_refused(tree, tmp_path, capsys):
+    (tmp_path / "imagenet-train-000000.tar").write_bytes(b"hours of work")
+    assert convert(tree, tmp_path) == 1
+    assert "1 train shards without an index" in capsys.readouterr().err
+    assert (tmp_path / "imagenet-train-000000.tar").read_bytes() == b"hours of work"
+
+
+# ---------------------------------------------------------------- images that are not
+
+
+def spoil(copy: Path) -> dict[str, str]:
+    """Make three images bad, one odd but fine; name → what is to be said of it."""
+    paths = sorted((copy / "train").rglob("*.JPEG"))
+    paths[10].write_bytes(b"")
+    paths[20].write_text("<html>404 not found</html>")
+    paths[30].write_bytes(paths[30].read_bytes()[:-2000])
+    paths[40].write_bytes(paths[40].read_bytes() + b"trailing bytes, as a camera leaves them" * 100)
+    return {paths[10].name: "empty file", paths[20].name: "neither JPEG nor PNG", paths[30].name: "truncated"}
+
+
+def test_bad_images_stop_it_and_all_are_named(copy, tmp_path, capsys):
+    bad = spoil(copy)
+    assert convert(copy, tmp_path / "out", "--maxcount=4") == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 4 and "3 bad images" in error[-1] and "--skip-bad" in error[-1]
+    for name, problem in bad.items():
+        assert any(name in line and problem in line for line in error)
+    assert not (tmp_path / "out" / "imagenet-train.json").exists()
+    assert not list((tmp_path / "out").glob("*.tmp*"))
+
+
+def test_skip_bad_leaves_them_out_and_lists_them(copy, tmp_path, capsys):
+    bad = spoil(copy)
+    convert(copy, tmp_path / "out", "--maxcount=4")
+    inodes = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    assert convert(copy, tmp_path / "out", "--maxcount=4", "--skip-bad") == 0
+    assert "3 bad images left out" in capsys.readouterr().out
+    for name, inode in inodes.items():  # what the first run finished is kept
+        assert (tmp_path / "out" / name).stat().st_ino == inode
+    index = json.loads((tmp_path / "out" / "imagenet-train.json").read_text())
+    assert {Path(path).name for shard in index["shardlist"] for path, _ in shard["skipped"]} == set(bad)
+    keys = {key for key, _, _ in samples(tmp_path / "out", "train")}
+    assert len(keys) == 57 == sum(shard["nsamples"] for shard in index["shardlist"])
+    assert not keys & {Path(name).stem for name in bad}
+    assert convert(copy, tmp_path / "out", "--maxcount=4") == 0  # finished: nothing to do, and it says what it lacks
+    assert "3 bad images left out" in capsys.readouterr().out
+
+
+def test_flaw_never_rejects_what_pillow_decodes():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "JPEG")
+    data = buffer.getvalue()
+    for length in range(len(data) + 1):
+        try:
+            Image.open(io.BytesIO(data[:length]), formats=["JPEG", "PNG"]).load()
+            decodes = True
+        except Exception:
+            decodes = False
+        assert (script.flaw(data[:length]) is None) == decodes
+
+
+# ---------------------------------------------------------------- trees that are not
+
+
+def flat_val(root: Path) -> None:
+    for path in list((root / "val").rglob("*.JPEG")):
+        path.rename(root / "val" / path.name)
+    for folder in (root / "val").iterdir():
+        folder.is_dir() and folder.rmdir()
+
+
+def only_archives(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "ILSVRC2012_img_train.tar").touch()
+
+
+def first(root: Path) -> Path:
+    return sorted((root / "train").rglob("*.JPEG"))[0]
+
+
+TREES = {
+    "no such folder": lambda root: shutil.rmtree(root),
+    "no such folder; --imagenet must name": lambda root: shutil.rmtree(root / "val"),
+    "unpack it with torchvision": only_archives,
+    "no class folders in it": flat_val,
+    "differ in 1 class folders (n99999999)": lambda root: (root / "train" / "n99999999").mkdir(),
+    "no images in this class folder": lambda root: [(root / s / "n99999999").mkdir() for s in ("train", "val")],
+    "rename the file": lambda root: first(root).rename(first(root).with_name("a.b.JPEG")),
+    "keys must differ": lambda root: shutil.copy(first(root), sorted((root / "train").iterdir())[1]),
+    "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("expected", TREES)
+def test_a_tree_it_cannot_understand_gets_one_clear_line(copy, tmp_path, capsys, expected):
+    TREES[expected](copy)
+    assert convert(copy, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert expected in error and str(copy) in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_in_the_tree_are_no_images(copy, tree, shards, tmp_path):
+    (first(copy).parent / ".DS_Store").write_bytes(b"x")
+    (first(copy).parent / "readme.txt").write_bytes(b"x")
+    assert convert(copy, tmp_path / "out", "--maxcount=7") == 0
+    assert everything(tmp_path / "out") == everything(shards)
+
+
+def test_a_shards_folder_that_cannot_be_made(tree, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert convert(tree, tmp_path / "file" / "data") == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/file" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x"])
+def test_bad_flags(tree, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        convert(tree, tmp_path, flag)
+    assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err

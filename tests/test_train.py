@@ -1,0 +1,339 @@
+"""imagenet_train.py as its users run it: real ranks, real kills, real checkpoints."""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAIN_IMAGES, VAL_IMAGES
+from PIL import Image
+
+import imagenet_train as script
+
+HERE = Path(__file__).parent
+BATCH = 4
+SMALL = ["--model=shufflenet_v2_x0_5", "--train-size=32", "--val-size=32", "--val-resize=36", f"--batch-size={BATCH}",
+         "--shuffle=5", "--log-every=2", "--accelerator=cpu"]
+
+
+def diary(folder: Path, rank: int, kind: str, epoch: int | None = None) -> list[list[int]]:
+    """The labels of every batch that a rank got."""
+    lines = map(json.loads, (folder / f"rank-{rank}.jsonl").read_text().splitlines())
+    return [labels for e, _, k, labels in lines if k == kind and epoch in (None, e)]
+
+
+def labels_of(shards: Path, split: str, order: list[int]) -> list[int]:
+    """The labels on an epoch's line: of all shards in this order."""
+    names = sorted(shards.glob(f"imagenet-{split}-*.tar"))
+    found = []
+    for shard in order:
+        with tarfile.open(names[shard]) as tar:
+            found += [int(tar.extractfile(m).read()) for m in tar if m.name.endswith(".cls")]
+    return found
+
+
+def record(folder: Path, *args: str, ranks: int = 1, workers: str = "2", **env: str) -> subprocess.CompletedProcess:
+    """Run the script under torchrun with a diary; for several numbers of workers one after another."""
+    folder.mkdir(exist_ok=True)
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        args = (*args, f"--devices={ranks}")
+    return subprocess.run(
+        [*launch, HERE / "record.py", *SMALL, *args],
+        env=os.environ | {"RECORD": str(folder), "WORKERS": workers, "OMP_NUM_THREADS": "1"} | env,
+        capture_output=True, text=True, timeout=300,
+    )
+
+
+# ---------------------------------------------------------------- who gets what
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ranks):
+    run = record(tmp_path, f"--shards={unique}", "--max-epochs=2", f"--output={tmp_path}/out", ranks=ranks, workers="0 2 3")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(f"validated {VAL_IMAGES}/{VAL_IMAGES} images") == 3 * 2  # by rank 0 only
+    steps = TRAIN_IMAGES // (ranks * BATCH)
+    shard_count = len(list(unique.glob("imagenet-train-*.tar")))
+    orders = {}
+    for workers, epoch in itertools.product((0, 2, 3), (0, 1)):
+        folder = tmp_path / f"workers-{workers}"
+        order = list(range(shard_count))
+        random.Random(f"0/{epoch}").shuffle(order)
+        line = labels_of(unique, "train", order)
+        for rank in range(ranks):
+            batches = diary(folder, rank, "train", epoch)
+            assert [len(batch) for batch in batches] == [BATCH] * steps
+            mine = line[rank * steps * BATCH : (rank + 1) * steps * BATCH]
+            assert sorted(itertools.chain(*batches)) == sorted(mine)
+            orders[workers, epoch, rank] = batches
+        seen = [diary(folder, rank, "val", epoch) for rank in range(ranks)]
+        assert len({len(batches) for batches in seen}) == 1  # equal numbers: no rank waits for another
+        labels = [label for batches in seen for batch in batches for label in batch]
+        assert sorted(label for label in labels if label != script.PADDING) == list(range(VAL_IMAGES))
+    for workers in (0, 2, 3):
+        assert orders[workers, 0, 0] != orders[workers, 1, 0]
+
+
+def test_the_same_seed_repeats_and_another_does_not(unique):
+    def epoch(seed: int, workers: int) -> list[list[int]]:
+        index = script.read_index(str(unique), "train")
+        return [b[1].tolist() for b in script.Loader(script.Reader(index, True, BATCH, 32, 36, 9, seed, workers=workers))]
+
+    assert epoch(0, 0) == epoch(0, 0) != epoch(1, 0)
+    assert epoch(0, 2) == epoch(0, 2)
+
+
+def test_batches(unique):
+    index = script.read_index(str(unique), "val")
+    loader = script.Loader(script.Reader(index, False, 10, 32, 36, rank=1, world=3, workers=2))
+    batches = list(loader)
+    assert len(batches) == len(loader) == 2
+    for images, labels in batches:
+        assert images.shape == (10, 32, 32, 3) and images.dtype == torch.uint8
+        assert labels.shape == (10,) and labels.dtype == torch.int64
+    labels = torch.cat([labels for _, labels in batches])
+    assert (labels >= 0).sum() == 2 * VAL_IMAGES // 3 - VAL_IMAGES // 3 and not batches[-1][0][-1].any()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
+def test_a_loader_goes_on_anywhere(unique, workers):
+    """From any place in the epoch, the rest of it is the same to the last pixel."""
+    index = script.read_index(str(unique), "train")
+    reader = script.Reader(index, True, BATCH, 32, 36, 9, workers=workers)
+    whole = list(script.Loader(reader))
+    for done in (1, 2, 5, len(whole) - 1):
+        loader = script.Loader(reader)
+        loader.load_state_dict(script.Loader(reader).state_dict() | {"done": done})
+        for (a, b), (c, d) in zip(loader, whole[done:], strict=True):
+            assert torch.equal(a, c) and torch.equal(b, d)
+        assert loader.state_dict()["epoch"] == 1 and loader.state_dict()["done"] == 0
+
+
+def test_a_place_within_an_epoch_is_refused_with_other_settings(unique):
+    index = script.read_index(str(unique), "train")
+    state = script.Loader(script.Reader(index, True, BATCH, 32)).state_dict()
+    other = script.Loader(script.Reader(index, True, 2 * BATCH, 32, world=2))
+    other.load_state_dict(state | {"epoch": 3})  # between epochs anything may change
+    assert other.epoch == 3
+    with pytest.raises(script.TrainError, match=f"batch {BATCH} then, {2 * BATCH} now; world 1 then, 2 now"):
+        other.load_state_dict(state | {"done": 3})
+
+
+def test_a_worker_that_is_killed_is_one_clear_error(unique, monkeypatch):
+    monkeypatch.setattr(script, "decode", lambda *args, **kwargs: os.kill(os.getpid(), 9))
+    index = script.read_index(str(unique), "train")
+    with pytest.raises(script.TrainError, match="a loader process was killed .* fewer --workers"):
+        list(script.Loader(script.Reader(index, True, BATCH, 32, 36, workers=2)))
+
+
+def test_an_error_in_a_worker_is_one_line(unique, tmp_path):
+    folder = shutil.copytree(unique, tmp_path / "data")
+    (folder / "imagenet-train-000002.tar").unlink()
+    for workers in (0, 2):
+        with pytest.raises(script.TrainError, match=r"imagenet-train-000002\.tar: No such file") as error:
+            list(script.Loader(script.Reader(script.read_index(str(folder), "train"), True, BATCH, 32, workers=workers)))
+        assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- kills and resumes
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "out" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path):
+    """11 steps an epoch, 2 epochs: SIGKILL within the first, at the seam, and within the second."""
+    args = [f"--shards={unique}", "--max-epochs=2"]
+    whole = record(tmp_path / "whole", *args, f"--output={tmp_path}/whole/out")
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "killed"
+    args += [f"--output={folder}/out", "--checkpoint-every=1", "--resume"]
+    for step in (3, 11, 17):
+        run = record(folder, *args, DIE_AT=str(step))
+        assert run.returncode == -9
+    assert "fresh start" not in run.stdout
+    run = record(folder, *args)
+    assert run.returncode == 0, run.stderr
+    assert (folder / "rank-0.jsonl").read_text() == (tmp_path / "whole" / "rank-0.jsonl").read_text()
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
+# ---------------------------------------------------------------- the command line, in this process
+
+
+def train(shards: Path | str, folder: Path, *flags: str) -> int:
+    return script.main([f"--shards={shards}", f"--output={folder}", "--workers=0", "--max-epochs=1", *SMALL, *flags])
+
+
+def test_one_epoch(shards, tmp_path, capsys):
+    assert train(f"pipe:cat {shards}/", tmp_path / "out", "--max-steps=4") == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"shufflenet_v2_x0_5 on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val in 5, 10 classes; "
+        rf"15 batches of 4 × 1 an epoch; from pipe:cat {shards}/", out)
+    assert {"last.ckpt", "logs"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_epoch_with_validation(shards, tmp_path, capsys):
+    assert train(shards, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"validated 30/30 images: top-1 [\d.]+ %, top-5 [\d.]+ %, loss [\d.]+ \(epoch 1, step 15\)", out)
+    assert (tmp_path / "out" / "best.ckpt").exists()
+    header, *lines = (tmp_path / "out" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert {"train_loss", "train_images/s", "train_wait", "val_top1", "val_top5", "val_loss", "lr-SGD/pg1"} <= set(header.split(","))
+    assert len(lines) >= 7
+    assert train(shards, tmp_path / "out") == 1  # it would overwrite last.ckpt
+    assert "last.ckpt: exists; --resume to go on from it" in capsys.readouterr().err
+
+
+def test_validation_that_misses_an_image_is_an_error(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "pad", lambda batches, reader, done: itertools.chain(
+        batches, [[torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.full((4,), -1)]] * 9))
+    real = script.Reader.steps.fget
+    monkeypatch.setattr(script.Reader, "steps", property(lambda r: real(r) - (not r.training)))
+    assert train(shards, tmp_path / "out") == 1
+    assert "validation saw 28 images, the index lists 30" in capsys.readouterr().err
+
+
+def test_metrics_are_those_of_plain_arithmetic(unique, tmp_path):
+    """Of a fixed model on 1 rank: top-1, top-5 and loss over real images only, the padding left out."""
+    index = script.read_index(str(unique), "val")
+    torch.manual_seed(0)
+    model = script.Classifier("shufflenet_v2_x0_5", 47, 0.1, 0.9, 1e-4, 0.1, 1, VAL_IMAGES).eval()
+    batches = list(script.Loader(script.Reader(index, False, 10, 32, 36)))
+    with torch.no_grad():
+        for n, batch in enumerate(batches):
+            model.validation_step(batch, n)
+        images, labels = (torch.cat(part)[:VAL_IMAGES] for part in zip(*batches))
+        logits = model(images)
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean()
+    assert model.seen.compute() == VAL_IMAGES
+    torch.testing.assert_close(model.accuracy.compute()["val_top1"], (logits.argmax(1) == labels).float().mean())
+    torch.testing.assert_close(model.accuracy.compute()["val_top5"], top5)
+    torch.testing.assert_close(model.loss.compute(), torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_normalisation_is_torchvisions():
+    import torchvision.transforms.v2.functional as oracle
+
+    model = script.Classifier("resnet18", 10, 0.1, 0.9, 1e-4, 0.1, 1, 10)
+    model.model = torch.nn.Identity()
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    expected = oracle.normalize(images.permute(0, 3, 1, 2) / 255, script.MEAN, script.STD)
+    torch.testing.assert_close(model(images), expected)
+    assert model(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_learning_rate():
+    rates = [script.learning_rate(step, 2.0, 10, 110) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0 and rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0, abs=1e-9)
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert script.learning_rate(0, 2.0, 0, 10) == 2.0
+
+
+@pytest.mark.parametrize("name", ["resnet50", "googlenet", "inception_v3", "vit_b_32", "mobilenet_v3_small"])
+def test_any_model_with_the_shards_classes(name):
+    model = script.build_model(name, 7).eval()
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 7)
+    decayed = [n for n, p in model.named_parameters() if p.ndim > 1]
+    assert decayed and not any(n.endswith("bias") for n in decayed)
+
+
+def test_preview(shards, tmp_path, capsys):
+    path = tmp_path / "new folder" / "sheet.png"
+    assert train(shards, tmp_path / "out", f"--preview={path}", "--train-size=64", "--batch-size=9") == 0
+    assert str(path) in capsys.readouterr().out and not (tmp_path / "out").exists()
+    index = script.read_index(str(shards), "train")
+    images, _ = next(iter(script.Loader(script.Reader(index, True, 9, 64, shuffle=5))))
+    sheet = Image.open(path)
+    assert sheet.size == (3 * 94, 3 * 80)
+    for place in range(9):
+        left, top = place % 3 * 94, place // 3 * 80
+        crop = sheet.crop((left, top, left + 64, top + 64)).tobytes()
+        assert crop == images[place].numpy().tobytes()
+
+
+# ---------------------------------------------------------------- what users get wrong
+
+
+WRONG = {
+    "--shards=/nowhere": "/nowhere/imagenet-train.json: No such file or directory; make it with imagenet_shards.py",
+    "--base=gs://bucket/x": "name a command",
+    "--resume=/nowhere.ckpt": "--resume=/nowhere.ckpt: no such file",
+    "--batch-size=61": "--batch-size=61 × 1 ranks: more than the 60 training images",
+    "--accelerator=warp": "--accelerator=warp",
+    "--devices=x": "--devices=x",
+    "--precision=7": "--precision=7",
+}
+
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_wrong_input_gets_one_clear_line(shards, tmp_path, capsys, flag):
+    assert train(shards, tmp_path / "out", flag) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(error) == 1 and error[0].startswith("imagenet_train.py: ") and WRONG[flag] in error[0]
+
+
+@pytest.mark.parametrize("flag", ["--model=resnet1", "--batch-size=0", "--lr=-1", "--val-size=300", "--max-epochs=x", "--bogus"])
+def test_bad_flags(shards, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        train(shards, tmp_path / "out", flag)
+    assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_bare_resume_without_a_checkpoint_is_a_fresh_start(shards, tmp_path, capsys):
+    assert train(shards, tmp_path / "out", "--resume", "--max-steps=2") == 0
+    assert f"no {tmp_path}/out/last.ckpt yet, so this is a fresh start" in capsys.readouterr().out
+
+
+def test_splits_of_different_trees_are_refused(shards, unique, tmp_path, capsys):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    for path in unique.glob("imagenet-val*"):
+        shutil.copy(path, folder)
+    assert train(folder, tmp_path / "out") == 1
+    assert "train and val have different classes" in capsys.readouterr().err
+
+
+def test_the_device_is_not_waited_for_in_every_step(shards, tmp_path, monkeypatch):
+    """Reading a number off a tensor waits for the device: between two log entries no step may."""
+    import pytorch_lightning as pl
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    class PerStep(pl.Callback):
+        reads: list[int] = []
+
+        def on_train_batch_start(self, *args) -> None:
+            self.reads.append(Count.reads)
+
+    real = script.make_trainer
+
+    def counting(args):
+        trainer = real(args)
+        trainer.callbacks.append(PerStep())
+        return trainer
+
+    monkeypatch.setattr(script, "make_trainer", counting)
+    with Count():
+        assert train(shards, tmp_path / "out", "--log-every=10") == 0
+    steps = [after - before for before, after in zip(PerStep.reads, PerStep.reads[1:])]
+    assert len(steps) == 14 and steps[9] > 0 and not any(steps[1:9]) and not any(steps[10:])

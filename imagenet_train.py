@@ -48,7 +48,7 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.functional import pil_to_tensor
@@ -200,15 +200,7 @@ def batches_of(steps: int, worker: int, workers: int) -> range:
 
 
 def pieces_of(
-    counts: list[int],
-    training: bool,
-    seed: int,
-    epoch: int,
-    rank: int,
-    world: int,
-    worker: int,
-    workers: int,
-    batch: int,
+    counts: list[int], training: bool, seed: int, epoch: int, rank: int, world: int, worker: int, workers: int, batch: int
 ) -> list[Piece]:
     """What one reader reads in one epoch, in order: a pure function, so that readers agree without a word.
 
@@ -307,6 +299,12 @@ def read_piece(index: Index, piece: Piece) -> Iterator[dict]:
         source.close()
 
 
+def read_pieces(pieces: Iterable[Piece], index: Index) -> Iterator[dict]:
+    """The samples of all pieces, in order."""
+    for piece in pieces:
+        yield from read_piece(index, piece)
+
+
 # ---------------------------------------------------------------- samples → batches
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in [0, 1]; torchvision's constants
@@ -335,24 +333,46 @@ def center_crop(width: int, height: int, size: int, resize: int) -> tuple[float,
     return left * width / w, top * height / h, (left + size) * width / w, (top + size) * height / h
 
 
-def decode(sample: dict, size: int, resize: int, training: bool, seed: int, epoch: int, classes: int):
+@dataclass(frozen=True)
+class Reader:
+    """All that decides which batches one rank gets, and what is in them."""
+
+    index: Index
+    training: bool
+    batch: int  # images a rank and step
+    size: int  # pixels, side of the crop
+    resize: int = 256  # pixels, shorter side before the crop; validation only
+    shuffle: int = 0  # undecoded samples in a worker's shuffle buffer
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    workers: int = 0  # loader processes of this rank; 0: the main process reads
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self.index.total, self.training, self.world, self.batch)
+
+
+def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]:
     """One sample → (uint8 [size, size, 3], label). TrainError names the shard and the key of what can't be decoded.
 
     The crop and the flip are drawn from (seed, epoch, key), so it does not matter who decodes the image, or when.
     """
+    size = reader.size
     try:
         label = int(sample["cls"])
-        if not 0 <= label < classes:
-            raise ValueError(f"label {label}, but the index has {classes} classes")
-        image = Image.open(io.BytesIO(sample["jpg"]), formats=["JPEG", "PNG"])  # the name may lie: n02105855_2933 is a PNG
+        if not 0 <= label < len(reader.index.classes):
+            raise ValueError(f"label {label}, but the index has {len(reader.index.classes)} classes")
+        # The member's name may lie: n02105855_2933.JPEG is a PNG.
+        image = Image.open(io.BytesIO(sample["jpg"]), formats=["JPEG", "PNG"])
         if image.mode != "RGB":
-            image = image.convert("RGB")  # greyscale and CMYK; on an RGB image it would only copy
-        if not training:
-            box = center_crop(*image.size, size, resize)
+            image = image.convert("RGB")  # greyscale and CMYK; an RGB image it would only copy
+        if not reader.training:
+            box = center_crop(*image.size, size, reader.resize)
             pixels = pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
             return pixels.permute(1, 2, 0), label
-        rng = random.Random(f"{seed}/{epoch}/{sample['__key__']}")
-        # Torch's resize of a uint8 image in this memory order is twice as fast as Pillow's.
+        rng = random.Random(f"{reader.seed}/{epoch}/{sample['__key__']}")
+        # Torch resizes a uint8 image that lies like this, a view [1, 3, H, W] of [H, W, 3], twice as fast as Pillow.
         pixels = pil_to_tensor(image.crop(random_crop(*image.size, rng)))[None]
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
         return (pixels.flip(1) if rng.random() < 0.5 else pixels), label
@@ -360,93 +380,49 @@ def decode(sample: dict, size: int, resize: int, training: bool, seed: int, epoc
         raise TrainError(f"{sample['__shard__']}: {sample['__key__']}: {str(error) or type(error).__name__}") from None
 
 
-def collate(samples: list) -> list[torch.Tensor]:
+def collate(samples: list[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
     """Samples → [images uint8 [B, S, S, 3], labels int64 [B]]."""
     images, labels = zip(*samples)
     return [torch.stack(images), torch.tensor(labels)]
 
 
-@dataclass(frozen=True)
-class Reader:
-    """All that decides which batches one rank gets; the same for all its workers."""
-
-    index: Index
-    training: bool
-    batch: int  # images a rank
-    size: int  # pixels, of the crop
-    resize: int = 256  # pixels, of the shorter side before the crop; validation only
-    shuffle: int = 0  # undecoded samples in a worker's shuffle buffer
-    seed: int = 0
-    rank: int = 0
-    world: int = 1
-    workers: int = 0  # loader processes; 0 reads in the main one
-
-    @property
-    def steps(self) -> int:
-        return steps_per_epoch(self.index.total, self.training, self.world, self.batch)
-
-
-def my_worker(reader: Reader, done: int) -> int:
-    """Which worker this process is. The loader asks process 0 first, so after `done` batches it is another's turn."""
-    info = get_worker_info()
-    return ((info.id if info else 0) + done) % max(1, reader.workers)
-
-
-def my_pieces(reader: Reader, epoch: int, done: int) -> Iterator[Piece]:
-    place = (reader.rank, reader.world, my_worker(reader, done), max(1, reader.workers))
-    yield from pieces_of(reader.index.counts, reader.training, reader.seed, epoch, *place, reader.batch)
-
-
-def read_pieces(pieces: Iterable[Piece], index: Index) -> Iterator[dict]:
-    for piece in pieces:
-        yield from read_piece(index, piece)
-
-
-def shuffle(samples: Iterator[dict], reader: Reader, epoch: int, done: int) -> Iterator[dict]:
-    """A buffer of undecoded samples, shuffled by (seed, epoch, rank, worker)."""
-    seed = f"{reader.seed}/{epoch}/{reader.rank}/{my_worker(reader, done)}"
-    stage = wds.shuffle(reader.shuffle, initial=reader.shuffle // 4, seed=seed)
-    return stage(samples) if reader.shuffle > 1 else samples
-
-
-def resume(samples: Iterator[dict], reader: Reader, done: int) -> Iterator[dict]:
-    """Drop, undecoded, the samples of the batches that this worker made before the run was stopped."""
-    worker, workers = my_worker(reader, done), max(1, reader.workers)
-    made = len(range(worker, done, workers))
-    return itertools.islice(samples, made * reader.batch, None)
-
-
-def pad(batches: Iterator[list], reader: Reader, done: int) -> Iterator[list]:
-    """Fill up validation's batches: the last one to full size, and as many as the other ranks make."""
-    worker, workers = my_worker(reader, done), max(1, reader.workers)
-    for _ in batches_of(reader.steps, worker, workers)[len(range(worker, done, workers)) :]:
-        images, labels = next(batches, (torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0)))
+def pad(batches: Iterator[list], reader: Reader, count: int) -> Iterator[list]:
+    """Exactly `count` full batches, whatever comes: validation's last one, and ranks with fewer, are filled up."""
+    nothing = torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    for _ in range(count):
+        images, labels = next(batches, nothing)
         missing = reader.batch - len(labels)
-        labels = F.pad(labels.long(), (0, missing), value=PADDING)
-        yield [F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)), labels]
+        yield [F.pad(images, (0, 0) * 3 + (0, missing)), F.pad(labels, (0, missing), value=PADDING)]
 
 
-def carry_errors(batches: Iterator[list]) -> Iterator[list | TrainError]:
-    """Hand an error over as if it were a batch: DataLoader would wrap it in pages of traceback."""
-    try:
-        yield from batches
-    except TrainError as error:
-        yield error
+class Epoch(IterableDataset):
+    """One rank's batches of one epoch, after the first `done`. In each loader process it makes that worker's share."""
 
+    def __init__(self, reader: Reader, epoch: int, done: int) -> None:
+        self.reader, self.epoch, self.done = reader, epoch, done
 
-def pipeline(reader: Reader, epoch: int, done: int) -> wds.DataPipeline:
-    """One epoch's batches [images uint8 [B, S, S, 3], labels int64 [B]] after the first `done`, in this worker."""
-    how = dict(size=reader.size, resize=reader.resize, training=reader.training, seed=reader.seed, epoch=epoch)
-    return wds.DataPipeline(
-        partial(my_pieces, reader, epoch, done),  #                          → pieces
-        partial(read_pieces, index=reader.index),  #                         → samples, undecoded, verified
-        partial(shuffle, reader=reader, epoch=epoch, done=done),  #          → samples, shuffled
-        partial(resume, reader=reader, done=done),  #                        → samples not yet used
-        wds.map(partial(decode, classes=len(reader.index.classes), **how)),  # → (uint8 [S, S, 3], label)
-        wds.batched(reader.batch, collation_fn=collate),  #                  → [uint8 [B, S, S, 3], int64 [B]]
-        partial(pad, reader=reader, done=done),
-        carry_errors,
-    )
+    def __iter__(self) -> Iterator[list[torch.Tensor] | TrainError]:
+        r, info = self.reader, get_worker_info()
+        workers = max(1, r.workers)
+        # The loader takes batches from its processes in turn and begins with process 0: after `done` batches that one
+        # stands in for the worker whose turn it is.
+        worker = ((info.id if info else 0) + self.done) % workers
+        made = len(range(worker, self.done, workers))  # this worker's batches among the first `done`
+        count = len(batches_of(r.steps, worker, workers)) - made
+        pieces = pieces_of(r.index.counts, r.training, r.seed, self.epoch, r.rank, r.world, worker, workers, r.batch)
+        batches = wds.DataPipeline(
+            lambda: iter(pieces),
+            partial(read_pieces, index=r.index),  #               → samples, undecoded but verified
+            wds.shuffle(r.shuffle, initial=r.shuffle // 4, seed=f"{r.seed}/{self.epoch}/{r.rank}/{worker}"),
+            wds.slice(made * r.batch, None),  #                   → those that a resumed run has not used yet
+            wds.map(partial(decode, reader=r, epoch=self.epoch)),  # → (uint8 [S, S, 3], label)
+            wds.batched(r.batch, collation_fn=collate),  #        → [uint8 [B, S, S, 3], int64 [B]]
+            partial(pad, reader=r, count=count),
+        )
+        try:
+            yield from batches
+        except TrainError as error:
+            yield error  # handed over like a batch: DataLoader would wrap it in a page of traceback
 
 
 class Loader:
@@ -466,11 +442,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         epoch, done = self.epoch, self.done
-        stages = pipeline(self.reader, epoch, done)
-        loader = DataLoader(
-            stages, batch_size=None, num_workers=self.reader.workers, pin_memory=torch.cuda.is_available()
-        )
-        batches = iter(loader)
+        options = dict(num_workers=self.reader.workers, pin_memory=torch.cuda.is_available())
+        batches = iter(DataLoader(Epoch(self.reader, epoch, done), batch_size=None, **options))
         while done < len(self):
             begun = time.perf_counter()
             try:

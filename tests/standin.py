@@ -10,7 +10,7 @@ JPEG, a PNG named .JPEG, a JPEG with an EXIF orientation tag, a progressive JPEG
 
 Guarantee: the same arguments give the same bytes (with the same Pillow), and DIR is whole or absent.
 
-    python tests/standin.py /tmp/standin --train 100 --val 50
+    python tests/standin.py /tmp/standin --train 100 --val 30
 """
 import argparse
 import colorsys
@@ -35,7 +35,7 @@ LAYOUT = {"leopard": (0.6, 1, 1, 0.2, 0.5), "starfish": (0, 1.7, 1.7, 0.2, 0.5),
           "spider web": (0.7, 4, 4, 0.4, 0.5), "stone wall": (0.4, 2, 1, 0, 0.5),
           "crossword puzzle": (0.8, 1, 1, 0, 0)}
 ODDITIES = ("L", "CMYK", "png", "exif", "progressive")  # of the first images of each split
-TRAIN, VAL = 100, 50  # images per class
+TRAIN, VAL = 100, 30  # images per class
 Colour = tuple[int, ...]
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,14 +27,15 @@ import random
 import re
 import signal
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import webdataset as wds
 from PIL import Image as PillowImage
@@ -44,10 +46,17 @@ class ShardError(Exception):
     """What the user can mend, in one line: what was named, what is there, what to do."""
 
 
+def human(size: float) -> str:
+    """Bytes for people, in powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 # ---------------------------------------------------------------- tree → images
 
 # What torchvision.datasets.ImageFolder takes for an image, so that we never leave out what it would have seen.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# WebDataset splits a member's name at its first dot; plain ustar has room for 100 bytes.
+KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 
 
@@ -92,6 +101,7 @@ def find_classes(root: Path, split: str) -> list[str]:
 def list_images(root: Path, split: str, classes: list[str]) -> list[Image]:
     """All images of a split in sorted order; ShardError for an empty class or a name that a shard can't carry."""
     images: list[Image] = []
+    real_root = root.resolve()
     owner: dict[str, str] = {}  # key → path: two equal keys would melt into one sample when read
     for label, wnid in enumerate(classes):
         before = len(images)
@@ -100,12 +110,13 @@ def list_images(root: Path, split: str, classes: list[str]) -> list[Image]:
                 if not name.lower().endswith(EXTENSIONS):
                     continue
                 path = os.path.join(folder, name)
+                if os.path.islink(path) and not Path(path).resolve().is_relative_to(real_root):
+                    raise ShardError(f"{path}: a link out of the tree, to {os.path.realpath(path)}; copy the image in")
                 try:
                     image = Image(os.path.relpath(path, root), label, os.path.getsize(path))
                 except OSError as error:
                     raise ShardError(f"{path}: {error.strerror}; mend or remove it") from None
-                # WebDataset splits a member's name at its first dot; plain ustar has room for 100 bytes.
-                if not re.fullmatch(r"[A-Za-z0-9_-]{1,95}", image.key):
+                if not KEY.fullmatch(image.key):
                     raise ShardError(f"{path}: a key may hold only A-Z a-z 0-9 _ - and 95 of them; rename the file")
                 if image.key in owner:
                     raise ShardError(f"{path}: same name as {root / owner[image.key]}; keys must differ, rename one")
@@ -176,14 +187,14 @@ def make_plan(root: Path, split: str, seed: int, maxsize: float, maxcount: int) 
 # ---------------------------------------------------------------- plan → one shard
 
 
-def flaw(data: bytes) -> str | None:
+def flaw(data: bytes, decode: bool = False) -> str | None:
     """Why these bytes are no JPEG or PNG that can be decoded; None if all is well.
 
-    Whole files, nearly all, pass by their first and last bytes; only a suspect is decoded.
+    Whole files, nearly all, pass by their first and last bytes; unless `decode`, only a suspect is decoded.
     """
     jpeg = data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" in data[-1024:]
     png = data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in data[-1024:]
-    if jpeg or png:
+    if (jpeg or png) and not decode:
         return None
     if not data:
         return "empty file"
@@ -214,6 +225,16 @@ class Stopped(Exception):
 progress: tuple = ()
 
 
+def count_done(size: int) -> None:
+    """Tell the main process of one image of `size` bytes; Stopped if it wants no more of them."""
+    images_done, bytes_done, stop = progress
+    with images_done, bytes_done:
+        images_done.value += 1
+        bytes_done.value += size
+    if stop.value:
+        raise Stopped
+
+
 def start_worker(*shared) -> None:
     """Take the shared counters, leave ^C to the main process, and don't outlive it (it may get a SIGKILL)."""
     global progress
@@ -229,7 +250,6 @@ def write_shard(plan: Plan, number: int, folder: Path, images: list[Image], skip
     The entry's "skipped" lists [path, flaw] of the bad images. If there are any and skip_bad is off, all images
     are still looked at, so that one run names every bad one, but no shard is left behind.
     """
-    images_done, bytes_done, stop = progress
     path = folder / plan.name(number)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # no two processes ever share one
     skipped = []
@@ -251,11 +271,7 @@ def write_shard(plan: Plan, number: int, folder: Path, images: list[Image], skip
                         skipped.append([image.path, problem])
                     else:
                         shard.write({"__key__": image.key, "jpg": data, "cls": image.label})
-                    with images_done, bytes_done:
-                        images_done.value += 1
-                        bytes_done.value += image.size
-                    if stop.value:
-                        raise Stopped
+                    count_done(image.size)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave a renamed file without its bytes
         if skip_bad or not skipped:
@@ -322,29 +338,24 @@ def finished_shards(plan: Plan, folder: Path, skip_bad: bool) -> dict[int, dict]
     return whole
 
 
-def work(plan: Plan, folder: Path, todo: list[int], skip_bad: bool, workers: int) -> Iterator[tuple[int, dict]]:
-    """Write the shards `todo` in `workers` processes; yield (number, index entry) as they come, in any order."""
-    counters = [multiprocessing.Value("q", 0) for _ in range(3)]
-    images_done, bytes_done, stop = counters
-    start = [0]
-    for images in plan.shards:
-        start.append(start[-1] + len(images))
-    total = sum(image.size for number in todo for image in plan.shards[number])
-    bar = tqdm(total=sum(len(plan.shards[n]) for n in todo), desc=plan.split, unit=" images", disable=None)
+def in_processes(
+    function: Callable, jobs: dict[int, tuple], lines: dict[int, str], workers: int, bar: tqdm, size: int
+) -> Iterator[tuple[int, Any]]:
+    """Call function(*jobs[n]) for each job in `workers` processes; yield (n, result) as they come, in any order.
+
+    lines[n] is printed when job n begins; the bar follows the images that the workers count, of `size` bytes in all.
+    """
+    images_done, bytes_done, stop = counters = [multiprocessing.Value("q", 0) for _ in range(3)]
+    waiting, running = list(jobs), {}
     with bar, ProcessPoolExecutor(workers, initializer=start_worker, initargs=counters) as pool:
-        waiting, running = list(reversed(todo)), {}
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
-                    number = waiting.pop()
-                    images = plan.shards[number]
-                    size = sum(image.payload for image in images)
-                    line = f"{folder / plan.name(number)} {len(images)} {human(size)} {start[number]}"
-                    tqdm.write(f"# writing {line}", file=sys.stdout)
-                    brief = plan._replace(shards=[], classes=[])  # the worker needs its own images only
-                    running[pool.submit(write_shard, brief, number, folder, images, skip_bad)] = number
+                for number in waiting[: workers - len(running)]:
+                    tqdm.write(lines[number], file=sys.stdout)
+                    running[pool.submit(function, *jobs[number])] = number
+                    waiting.remove(number)
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.set_postfix_str(f"{human(bytes_done.value)} of {human(total)}", refresh=False)
+                bar.set_postfix_str(f"{human(bytes_done.value)} of {human(size)}", refresh=False)
                 bar.update(images_done.value - bar.n)
                 for future in done:
                     yield running.pop(future), future.result()
@@ -354,11 +365,6 @@ def work(plan: Plan, folder: Path, todo: list[int], skip_bad: bool, workers: int
             ) from None
         finally:
             stop.value = 1
-
-
-def human(size: float) -> str:
-    """Bytes for people, in powers of ten."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
@@ -378,8 +384,17 @@ def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
             print(f"# keeping {len(entries)} of {len(plan.shards)} {plan.split} shards that are whole")
 
         bad, begun = [], time.monotonic()
+        starts = list(itertools.accumulate((len(images) for images in plan.shards), initial=0))
+        brief, jobs, lines, size = plan._replace(shards=[], classes=[]), {}, {}, 0
+        for number in todo:
+            images = plan.shards[number]
+            payload = sum(image.payload for image in images)
+            jobs[number] = brief, number, folder, images, skip_bad
+            lines[number] = f"# writing {folder / plan.name(number)} {len(images)} {human(payload)} {starts[number]}"
+            size += sum(image.size for image in images)
+        bar = tqdm(total=sum(len(plan.shards[n]) for n in todo), desc=plan.split, unit=" images", disable=None)
         with open(journal, "a", encoding="utf-8") as log:
-            for number, entry in work(plan, folder, todo, skip_bad, workers):
+            for number, entry in in_processes(write_shard, jobs, lines, workers, bar, size):
                 bad += entry["skipped"]
                 if skip_bad or not entry["skipped"]:
                     entries[number] = entry
@@ -428,6 +443,82 @@ def write_info(folder: Path) -> None:
     write_whole(folder / "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
 
 
+# ---------------------------------------------------------------- index → all is well
+
+
+def locate(prefix: str, name: str) -> str:
+    """Where a file lies, for webdataset.gopen: in a folder, at a URL, or from pipe:COMMAND; %s becomes the name."""
+    if "%s" in prefix:
+        return prefix.replace("%s", name)
+    return prefix + name if prefix.startswith("pipe:") or prefix.endswith("/") else f"{prefix}/{name}"
+
+
+def verify_shard(prefix: str, entry: dict, classes: int, decode: bool) -> tuple[list[str], list[str]]:
+    """Read one shard to its end; (its keys, what is wrong with it). Its checksum, then each sample."""
+    keys, wrong, sha256, size = [], [], hashlib.sha256(), 0
+
+    class Tee(io.RawIOBase):
+        def read(self, count: int) -> bytes:
+            nonlocal size
+            data = stream.read(count)
+            sha256.update(data)
+            size += len(data)
+            return data
+
+    try:
+        with wds.gopen(locate(prefix, entry["url"])) as stream:
+            tee = Tee()
+            with tarfile.open(fileobj=tee, mode="r|") as tar:
+                members = ((member.name, tar.extractfile(member).read()) for member in tar if member.isfile())
+                for (cls, label), (jpg, data) in itertools.zip_longest(members, members, fillvalue=("nothing", b"")):
+                    tar.members = []  # or it remembers them all
+                    keys.append(key := cls.removesuffix(".cls"))
+                    if (cls, jpg) != (f"{key}.cls", f"{key}.jpg") or not KEY.fullmatch(key):
+                        wrong.append(f"members {cls}, {jpg} instead of KEY.cls, KEY.jpg")
+                    if not label.isdigit() or int(label) >= classes:
+                        wrong.append(f"{key}: label {label[:20]!r} is not below {classes}")
+                    if problem := flaw(data, decode):
+                        wrong.append(f"{key}: {problem}")
+                    count_done(len(data))
+            while tee.read(1 << 20):
+                pass
+    except (OSError, ValueError, tarfile.TarError) as error:
+        wrong.append(str(error))
+    found = {"filesize": size, "nsamples": len(keys), "sha256": sha256.hexdigest()}
+    odd = [f"{name} {value} found, {entry[name]} in the index" for name, value in found.items() if value != entry[name]]
+    wrong += odd[: not wrong]  # one reason is enough
+    return keys, [f"{entry['url']}: {line}" for line in wrong]
+
+
+def verify(prefix: str, split: str, decode: bool, workers: int) -> None:
+    """Check a finished split under a prefix against its index, every byte of it. ShardError if anything is wrong."""
+    place = locate(prefix, f"imagenet-{split}.json")
+    try:
+        with wds.gopen(place) as stream:
+            index = json.loads(stream.read())
+        entries = dict(enumerate(index["shardlist"]))
+        jobs = {n: (prefix, entry, len(index["classes"]), decode) for n, entry in entries.items()}
+        images, size = (sum(entry[key] for entry in entries.values()) for key in ("nsamples", "filesize"))
+        odd = [e["url"] for e in entries.values() if not re.fullmatch(r"\w[\w.-]*\.tar", e["url"]) or not e["sha256"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{place}: not an index ({error or 'nothing came'}); is --shards={prefix} right?") from None
+    if odd:
+        raise ShardError(f"{place}: lists {odd[0]!r}, which is no shard's name; don't trust it")
+    bar = tqdm(total=images, desc=f"verify {split}", unit=" images", disable=None)
+    lines = {n: f"# reading {entry['url']} {entry['nsamples']} {human(entry['filesize'])}" for n, entry in entries.items()}
+    owner, wrong = {}, []
+    for number, (keys, lines_wrong) in in_processes(verify_shard, jobs, lines, workers, bar, size):
+        wrong += lines_wrong
+        for key in keys:
+            if owner.setdefault(key, number) != number:
+                wrong.append(f"{entries[number]['url']}: {key}: also in {entries[owner[key]]['url']}")
+    for line in sorted(wrong):
+        print(f"# wrong: {line}", file=sys.stderr)
+    if wrong:
+        raise ShardError(f"{place}: {len(wrong)} faults, listed above; make or fetch those shards again")
+    print(f"# {place}: {len(entries)} shards, {images} images, {human(size)}: all as the index says")
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -446,13 +537,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--imagenet", metavar="DIR", type=Path, required=True, help="folder with train/ and val/ of class folders")
-    add("--shards", metavar="DIR", type=Path, default="./data", help="folder for the shards and the index")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--imagenet", metavar="DIR", type=Path, help="folder with train/ and val/ of class folders")
+    task.add_argument("--verify", action="store_true", help="read finished shards again and check all that the index says")
+    add("--shards", metavar="DIR", default="./data",
+        help="folder for the shards and the index; with --verify also a URL or pipe:COMMAND, %%s becomes a file's name")
     add("--splits", default="train,val", help="what to convert: train, val or both with a comma")
     add("--seed", type=int, default=0, help="of the one shuffle over each split")
     add("--maxsize", metavar="BYTES", type=positive, default=1e9, help="a shard is closed when it holds as many")
     add("--maxcount", metavar="N", type=positive, default=100000, help="… or as many samples")
     add("--workers", metavar="N", type=positive, default=cores, help="processes, each writing whole shards")
+    add("--decode", action="store_true", help="with --verify: decode every image too")
     add("--skip-bad", action="store_true", help="leave out, and list, images that are no JPEG or PNG")
     add("--overwrite", action="store_true", help="replace shards that were made with other arguments")
     args = parser.parse_args(argv)
@@ -463,11 +558,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    root, folder = args.imagenet.expanduser(), args.shards.expanduser()
+    splits = dict.fromkeys(args.splits.split(","))  # once each, in the order given
     try:
+        if args.verify:
+            for split in splits:
+                verify(args.shards, split, args.decode, int(args.workers))
+            return 0
+        root, folder = args.imagenet.expanduser(), Path(args.shards).expanduser()
+        if re.match("pipe:|[a-z0-9]+://", args.shards):
+            raise ShardError(f"--shards={args.shards}: can be read from (--verify), not written to; name a folder")
         if not root.is_dir():
             raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
-        splits = dict.fromkeys(args.splits.split(","))  # once each, in the order given
         plans = [make_plan(root, split, args.seed, args.maxsize, int(args.maxcount)) for split in splits]
         folder.mkdir(parents=True, exist_ok=True)
         for plan in plans:

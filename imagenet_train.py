@@ -18,14 +18,18 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import contextlib
+import hashlib
 import io
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -33,9 +37,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +52,7 @@ import webdataset as wds
 from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -58,11 +63,15 @@ class TrainError(Exception):
     """What the user can mend, in one line: what was named, what is there, what to do."""
 
 
+class Gone(TrainError):
+    """Trying again is no use."""
+
+
 # ---------------------------------------------------------------- prefix → bytes
 
 
 def locate(prefix: str, name: str) -> str:
-    """Where the file `name` lies: a path, or pipe:COMMAND. %s in the prefix stands for the name, else it is appended."""
+    """Where the file `name` lies: a path, or pipe:COMMAND. %s in the prefix becomes the name; else it is appended."""
     command = prefix.startswith("pipe:")
     quoted = shlex.quote(name) if command else name
     if "%s" in prefix:  # not the % operator: a prefix may hold %20 and other percent signs
@@ -73,60 +82,115 @@ def locate(prefix: str, name: str) -> str:
         place = f"{prefix}/{quoted}"
     if place.startswith(("http://", "https://")):
         # -f: a 404 is an error, not a page. Not --retry: inside a pipe it repeats bytes that were delivered.
-        return f"pipe:curl -sfL --connect-timeout 30 {shlex.quote(place)}"
+        return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(place)}"
     if not command and re.match(r"[a-z][a-z0-9+.-]*://", place):
-        raise TrainError(f"{prefix}: can't read this kind of URL; name a command, say pipe:gsutil cat gs://bucket/%s")
+        raise Gone(f"{prefix}: can't read this kind of URL; name a command, say pipe:gsutil cat gs://bucket/%s")
     return place
 
 
-class Source:
-    """The bytes of one file under the prefix, to read once from its beginning.
+class Patient(io.RawIOBase):
+    """The reading end of a pipe. TimeoutError if no byte comes for `timeout` seconds."""
 
-    A command's exit status and its messages are looked at by `trouble`, after the last byte: before that
-    neither an error nor an end of the data can be told from a download that broke.
+    def __init__(self, pipe: io.FileIO, timeout: float) -> None:
+        self.pipe, self.timeout, self.poll = pipe, timeout, select.poll()
+        self.poll.register(pipe)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        if not self.poll.poll(1000 * self.timeout):
+            raise TimeoutError(f"no byte came for {self.timeout:g} s")
+        return self.pipe.readinto(buffer)
+
+
+class Source:
+    """The bytes of one file, to read once from its beginning. OSError if it can't be opened, or stalls.
+
+    Whether a command failed is known only after its last byte, from `trouble`: before that, neither damage nor an end
+    of the data can be told from a download that broke.
     """
 
-    def __init__(self, place: str) -> None:
-        self.place, self.process = place, None
-        if place.startswith("pipe:"):
-            self.messages = tempfile.TemporaryFile()
-            self.process = subprocess.Popen(
-                place[len("pipe:") :],
-                shell=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=self.messages,
-                bufsize=1 << 20,
-                start_new_session=True,  # so that close() ends the whole command, all its children included
-            )
-            self.stream = self.process.stdout
-        else:
-            try:
-                self.stream = open(place, "rb", buffering=8 << 20)  # few large reads: disks that spin like them
-            except OSError as error:
-                raise TrainError(f"{place}: {error.strerror}; make it with imagenet_shards.py") from None
-        self.read = self.stream.read
+    def __init__(self, place: str, timeout: float) -> None:
+        self.place, self.timeout, self.process = place, timeout, None
+        if not place.startswith("pipe:"):
+            self.stream = open(place, "rb", buffering=8 << 20)  # few large reads: disks that spin like them
+            return
+        self.messages = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            place.removeprefix("pipe:"),
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            bufsize=0,
+            start_new_session=True,  # so that close() ends the whole command, its children included
+        )
+        self.stream = io.BufferedReader(Patient(self.process.stdout, timeout), 1 << 20)
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the end."""
+        return self.stream.read(size)
 
     def trouble(self) -> str | None:
-        """Read to the end, wait, and say why the command failed; None if it did not."""
-        while self.read(1 << 20):
-            pass
-        if self.process is None or self.process.wait() == 0:
+        """Read what is left, wait for the command, and say what is wrong with it; None if nothing is."""
+        rest = sum(len(self.read(1 << 16)) for _ in range(64))  # tar ends with up to 10 KiB of zeros
+        if rest == 64 << 16:
+            return "it goes on after the archive's end"
+        if self.process is None:
             return None
+        try:
+            status = self.process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            return f"the command did not end within {self.timeout:g} s of its last byte"
         self.messages.seek(0)
         said = self.messages.read()[-400:].decode(errors="replace").strip().replace("\n", " | ")
-        return f"{self.place!r} ended with exit status {self.process.returncode}" + (f" and said: {said}" if said else "")
+        return f"the command ended with exit status {status}, saying {said!r}" if status else None
 
     def close(self) -> None:
         """End the command, if it still runs, and let go of everything; silent, for a reader may stop early."""
         if self.process is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.wait()
+            self.process.stdout.close()
             self.messages.close()
         self.stream.close()
+
+
+# What curl, gsutil, aws, sh, the kernel and web servers' pages say when the file is not there, or not for us.
+FINAL = re.compile(
+    r"exit status 12[67]\b|error( code)?: 40[134]\b|40[134] (Not Found|Forbidden|Unauthorized)|No such file"
+    r"|Not a directory|Is a directory|Permission denied|No URLs matched|NoSuchKey|NoSuchBucket|AccessDenied|not found",
+    re.IGNORECASE,
+)
+
+
+def failure(text: str, trouble: str) -> TrainError:
+    """The error that says `text`: a Gone if its cause, `trouble`, is one that won't pass."""
+    return Gone(text) if FINAL.search(trouble) else TrainError(text)
+
+
+def persist(read: Callable[[], Iterator], retries: int) -> Iterator:
+    """All that read() yields; after a TrainError it is called again, to go on where it was.
+
+    Up to `retries` times without an item between, after 1, 2, 4 … s, at most 60, each times 0.5 to 1 at random, so
+    that a thousand workers do not come back to a server at once.
+    """
+    failures = 0
+    while True:
+        try:
+            for item in read():
+                failures = 0
+                yield item
+            return
+        except TrainError as error:
+            failures += 1
+            if isinstance(error, Gone) or failures > retries:
+                raise
+            pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
+            print(f"imagenet_train.py: {error}; try {failures} of {retries} in {pause:.1f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
 # ---------------------------------------------------------------- prefix → index
@@ -136,40 +200,54 @@ class Index(NamedTuple):
     """What imagenet_shards.py wrote about a split."""
 
     prefix: str
+    classes: list[str]  # wnids; a label is a position in this list
     names: list[str]  # of the shards
     counts: list[int]  # samples in each
-    classes: list[str]  # wnids; a label is a position in this list
+    sizes: list[int]  # bytes of each
+    checksums: list[str]  # SHA-256 of each, hexadecimal
 
     @property
     def total(self) -> int:
         return sum(self.counts)
 
 
-def read_index(prefix: str, split: str) -> Index:
-    """Read and check imagenet-SPLIT.json; TrainError if it is not there, cut, or not an index."""
-    name = f"imagenet-{split}.json"
-    source = Source(place := locate(prefix, name))
+def read_text(prefix: str, name: str, timeout: float) -> Iterator[bytes]:
+    """One file's bytes, of which there may be 64 MiB; TrainError if they can't be read."""
     try:
-        data = source.read(1 << 28)
-        if trouble := source.trouble():
-            raise TrainError(f"{name}: {trouble}; is --shards={prefix} right?")
+        source = Source(locate(prefix, name), timeout)
+    except OSError as error:
+        raise Gone(f"{locate(prefix, name)}: {error.strerror}; make it with imagenet_shards.py") from None
+    try:
+        data = source.read(64 << 20)
+        trouble = source.trouble()
+    except OSError as error:
+        trouble = str(error)
     finally:
         source.close()
-    advice = f"--shards={prefix} must lead to what imagenet_shards.py wrote"
+    if trouble:
+        raise failure(f"{name}: {trouble}; is --shards={prefix} right?", trouble)
+    yield data
+
+
+def read_index(prefix: str, split: str, retries: int = 0, timeout: float = 60) -> Index:
+    """Read and check imagenet-SPLIT.json; TrainError if it is not there, cut, or not an index."""
+    name = f"imagenet-{split}.json"
+    data = next(persist(partial(read_text, prefix, name, timeout), retries))
+    place, advice = locate(prefix, name), f"--shards={prefix} must lead to what imagenet_shards.py wrote"
     try:
         found = json.loads(data)
-        index = Index(
-            prefix, [s["url"] for s in found["shardlist"]], [s["nsamples"] for s in found["shardlist"]], found["classes"]
-        )
+        columns = [[shard[key] for shard in found["shardlist"]] for key in ("url", "nsamples", "filesize", "sha256")]
+        index = Index(prefix, found["classes"], *columns)
+        # Names end up in a shell command and a path: only what imagenet_shards.py could have written passes.
+        odd = [x for x in index.names if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar", x)]
+        odd += [x for x in index.checksums if not re.fullmatch("[0-9a-f]{64}", x)]
+        odd += [x for x in index.counts + index.sizes if type(x) is not int or not 0 <= x < 1 << 50]
+        odd += [x for x in index.classes if not isinstance(x, str)]
     except (ValueError, KeyError, TypeError, RecursionError):
-        kind = f"{len(data)} bytes that begin {data[:40]!r}" if data else "nothing"
+        kind = f"{len(data)} bytes that begin {data[:60]!r}" if data else "nothing"
         raise TrainError(f"{place}: expected an index, found {kind}; {advice}") from None
-    # Names end up in a shell command and a path, so they may come only in the form in which we write them.
-    odd = [n for n in index.names if not (isinstance(n, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar", n))]
-    odd += [n for n in index.counts if type(n) is not int or n < 0]
-    odd += [n for n in index.classes if not isinstance(n, str)]
-    if odd or not index.total or not index.classes or len(set(index.names)) < len(index.names):
-        what = f"holds {odd[0]!r}" if odd else "has no images, no classes, or a shard twice"
+    if odd or not index.classes or not index.total or len(set(index.names)) < len(index.names):
+        what = f"holds {str(odd[0])[:60]!r}" if odd else "has no images, no classes, or a shard twice"
         raise TrainError(f"{place}: the index {what}; {advice}")
     return index
 
@@ -231,8 +309,79 @@ def pieces_of(
 
 # ---------------------------------------------------------------- pieces → samples
 
+LARGEST = 64 << 20  # bytes of a member, pixels of an image: four times and more what ImageNet holds
 
-def tar_members(read) -> Iterator[tuple[str, bytes]]:
+
+@dataclass(frozen=True)
+class Reader:
+    """All that decides which batches one rank gets, and how."""
+
+    index: Index
+    training: bool
+    batch: int  # images a rank and step
+    size: int  # pixels, side of the crop
+    resize: int = 256  # pixels, shorter side before the crop; validation only
+    shuffle: int = 0  # undecoded samples in a worker's shuffle buffer
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    workers: int = 0  # loader processes of this rank; 0: the main process reads
+    retries: int = 5
+    timeout: float = 60  # seconds without a byte after which a command is ended
+    cache: Path | None = None  # folder for copies of what commands bring
+    max_bad: int = 0  # undecodable images a rank and epoch that are not an error
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self.index.total, self.training, self.world, self.batch)
+
+
+class Copy:
+    """A file in the cache to be, from the bytes on their way to training. It gets its name when it is whole.
+
+    The name holds the index's checksum, so a file of that name fits that index. A disk that is full or read-only
+    costs only the copy: `full` is set, said once for all workers, and no more copies are made.
+    """
+
+    def __init__(self, source: Source, path: Path, size: int, checksum: str, full: Event) -> None:
+        self.source, self.path, self.size, self.checksum, self.full = source, path, size, checksum, full
+        self.temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{time.monotonic_ns()}")
+        self.found, self.sha256 = 0, hashlib.sha256()
+        self.file = self._attempt(lambda: open(self.temporary, "xb", buffering=1 << 20))
+
+    def _attempt(self, action: Callable):
+        try:
+            return action()
+        except OSError as error:
+            self.drop()
+            if not self.full.is_set():
+                self.full.set()
+                print(f"imagenet_train.py: --cache: {self.path.parent}: {error.strerror}; going on without", file=sys.stderr)
+
+    def read(self, size: int) -> bytes:
+        data = self.source.read(size)
+        if self.file:
+            self.found += len(data)
+            self.sha256.update(data)
+            self._attempt(lambda: self.file.write(data))
+        return data
+
+    def keep(self) -> None:
+        """Call when the source ended well. Bytes that do not fit the index are dropped."""
+        if self.file and (self.found, self.sha256.hexdigest()) == (self.size, self.checksum):
+            self._attempt(lambda: (self.file.close(), os.replace(self.temporary, self.path)))
+
+    def drop(self) -> None:
+        """Remove what is not kept; does nothing after keep()."""
+        file, self.file = getattr(self, "file", None), None
+        with contextlib.suppress(OSError):
+            if file:
+                file.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+
+
+def tar_members(read: Callable[[int], bytes]) -> Iterator[tuple[str, bytes]]:
     """(name, data) of every file in a plain ustar stream; ValueError says what is wrong with it.
 
     Python's tarfile takes a cut header for the end of the archive; here only two zero blocks, or no more
@@ -242,7 +391,8 @@ def tar_members(read) -> Iterator[tuple[str, bytes]]:
         if header == bytes(512):
             return
         if header.lstrip()[:1] == b"<":
-            raise ValueError("an HTML page")
+            words = re.sub("<[^>]*>", " ", header.decode(errors="replace")).split()
+            raise ValueError(f"a page that says {' '.join(words)[:160]!r}")
         if len(header) < 512:
             raise ValueError("cut within a header")
         checksum = sum(header[:148]) + sum(b"        ") + sum(header[156:])
@@ -251,58 +401,94 @@ def tar_members(read) -> Iterator[tuple[str, bytes]]:
             size = int(header[124:136].strip(b"\0 "), 8)
         except ValueError:
             right = False
-        if not right:
+        if not right or size < 0:
             raise ValueError("a damaged tar header")
-        data = read(size)
-        padding = read(-size % 512)
-        if len(data) + len(padding) < size + -size % 512:
+        if size > LARGEST:
+            raise ValueError(f"a member of {size} bytes, more than the {LARGEST} allowed")
+        padded = size + -size % 512
+        data = read(padded)
+        if len(data) < padded:
             raise ValueError("cut within a member")
         if header[156:157] in (b"0", b"\0"):  # a regular file; PAX and GNU extras tell nothing that we need
-            yield header[:100].rstrip(b"\0").decode("ascii", "replace"), data
+            yield header[:100].rstrip(b"\0").decode("ascii", "replace"), data[:size]
 
 
-def tar_samples(read) -> Iterator[dict]:
+def tar_samples(read: Callable[[int], bytes]) -> Iterator[dict]:
     """Samples {"__key__": str, "cls": bytes, "jpg": bytes} from adjacent members; ValueError as tar_members."""
     sample: dict = {}
     for name, data in tar_members(read):
         key, _, extension = name.partition(".")
         if sample.setdefault("__key__", key) != key or extension in sample:
-            raise ValueError(f"sample {sample['__key__']} lacks a member")
+            raise ValueError(f"sample {sample['__key__']!r} lacks a member")
         sample[extension] = data
         if "cls" in sample and "jpg" in sample:
             yield sample
             sample = {}
     if sample:
-        raise ValueError(f"sample {sample['__key__']} lacks a member")
+        raise ValueError(f"sample {sample['__key__']!r} lacks a member")
 
 
-def read_piece(index: Index, piece: Piece) -> Iterator[dict]:
-    """The samples of one piece. TrainError, at the latest after the last one, if the shard is not what the index says."""
-    name, count = index.names[piece.shard], index.counts[piece.shard]
-    source = Source(locate(index.prefix, name))
-    found, trouble = 0, None
+def read_once(reader: Reader, piece: Piece, full: Event, delivered: list[str]) -> Iterator[dict]:
+    """The samples of one piece but those already delivered, whose keys these are; it adds those that it delivers.
+
+    TrainError, at the latest after the last sample, if the shard is not what the index says.
+    """
+    name, count, size, checksum = (column[piece.shard] for column in reader.index[2:])
+    place, copy = locate(reader.index.prefix, name), None
+    cached = reader.cache and place.startswith("pipe:") and reader.cache / f"{checksum[:16]}-{name}"
+    hit = cached and cached.is_file() and cached.stat().st_size == size
     try:
+        source = Source(str(cached) if hit else place, reader.timeout)
+    except OSError as error:
+        raise failure(f"{name}: {place}: {error.strerror}; is the folder whole?", error.strerror) from None
+    found, trouble, damaged = 0, "", False
+    try:
+        if cached and not hit and not full.is_set():
+            copy = Copy(source, cached, size, checksum, full)
         try:
-            for sample in tar_samples(source.read):
+            keys = set()
+            for sample in tar_samples((copy or source).read):
+                key, place_in_piece = sample["__key__"], found - piece.start
+                if key in keys:
+                    raise ValueError(f"{key!r} again")  # as from a download that was begun anew within the stream
+                keys.add(key)
                 found += 1
-                if found > piece.start:
+                if 0 <= place_in_piece < len(delivered) and key != delivered[place_in_piece]:
+                    raise Gone(f"{name}: sample {found} is {key!r} now, was {delivered[place_in_piece]!r} at an earlier try")
+                if len(delivered) <= place_in_piece and found <= piece.stop:
+                    delivered.append(key)
                     yield sample | {"__shard__": name}
                 if found == piece.stop < count:
                     return  # the rest is other readers' work
+            while copy and copy.read(1 << 16):  # what follows the archive's end belongs to the file
+                pass
+            damaged = found != count
         except ValueError as error:
-            trouble = str(error)
-        failure = source.trouble()  # first the command's own word: it explains what looks like damage
-        if failure or trouble or found != count:
-            seen = f"{found} of {count} samples" + (f", then {trouble}" if trouble else "")
-            raise TrainError(f"{name}: found {seen}" + (f"; {failure}" if failure else f" in {source.place!r}"))
+            trouble, damaged = f", then {error}", True
+        if said := source.trouble():  # the command's own word explains what looks like damage
+            trouble += f"; {said}"
+        if copy and not trouble and not damaged:
+            copy.keep()
+    except OSError as error:  # stalled, or a disk that fails
+        trouble = f"; {error}"
     finally:
+        if copy:
+            copy.drop()
         source.close()
+    if trouble or damaged:
+        text = f"{name}: found {found} of {count} samples{trouble} in {source.place!r}"
+        if hit:
+            cached.unlink(missing_ok=True)
+            raise TrainError(f"{text}, which is removed now")
+        if damaged and source.process is None:
+            raise Gone(f"{text}; make the shard again")
+        raise failure(text, trouble)
 
 
-def read_pieces(pieces: Iterable[Piece], index: Index) -> Iterator[dict]:
-    """The samples of all pieces, in order."""
+def read_pieces(pieces: Iterable[Piece], reader: Reader, full: Event) -> Iterator[dict]:
+    """The samples of all pieces, undecoded, in order; after a failure it goes on with the next one not delivered."""
     for piece in pieces:
-        yield from read_piece(index, piece)
+        yield from persist(partial(read_once, reader, piece, full, []), reader.retries)
 
 
 # ---------------------------------------------------------------- samples → batches
@@ -333,26 +519,6 @@ def center_crop(width: int, height: int, size: int, resize: int) -> tuple[float,
     return left * width / w, top * height / h, (left + size) * width / w, (top + size) * height / h
 
 
-@dataclass(frozen=True)
-class Reader:
-    """All that decides which batches one rank gets, and what is in them."""
-
-    index: Index
-    training: bool
-    batch: int  # images a rank and step
-    size: int  # pixels, side of the crop
-    resize: int = 256  # pixels, shorter side before the crop; validation only
-    shuffle: int = 0  # undecoded samples in a worker's shuffle buffer
-    seed: int = 0
-    rank: int = 0
-    world: int = 1
-    workers: int = 0  # loader processes of this rank; 0: the main process reads
-
-    @property
-    def steps(self) -> int:
-        return steps_per_epoch(self.index.total, self.training, self.world, self.batch)
-
-
 def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]:
     """One sample → (uint8 [size, size, 3], label). TrainError names the shard and the key of what can't be decoded.
 
@@ -365,6 +531,8 @@ def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]
             raise ValueError(f"label {label}, but the index has {len(reader.index.classes)} classes")
         # The member's name may lie: n02105855_2933.JPEG is a PNG.
         image = Image.open(io.BytesIO(sample["jpg"]), formats=["JPEG", "PNG"])
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"{image.width} × {image.height} pixels, more than the {LARGEST} allowed")
         if image.mode != "RGB":
             image = image.convert("RGB")  # greyscale and CMYK; an RGB image it would only copy
         if not reader.training:
@@ -380,26 +548,39 @@ def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]
         raise TrainError(f"{sample['__shard__']}: {sample['__key__']}: {str(error) or type(error).__name__}") from None
 
 
-def collate(samples: list[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
-    """Samples → [images uint8 [B, S, S, 3], labels int64 [B]]."""
-    images, labels = zip(*samples)
-    return [torch.stack(images), torch.tensor(labels)]
+def decode_all(samples: Iterable[dict], reader: Reader, epoch: int) -> Iterator[tuple[torch.Tensor | None, int | str]]:
+    """(image, label) of each sample; (None, why) of one that can't be decoded."""
+    for sample in samples:
+        try:
+            yield decode(sample, reader, epoch)
+        except TrainError as error:
+            yield None, str(error)
+
+
+def collate(samples: list) -> list:
+    """Samples → [images uint8 [B, S, S, 3], labels int64 [B], what is wrong with those left out: list of str]."""
+    good = [(image, label) for image, label in samples if image is not None]
+    bad = [why for image, why in samples if image is None]
+    if not good:
+        raise TrainError(f"not one image of a batch can be decoded: {bad[0]}")
+    images, labels = zip(*good)
+    return [torch.stack(images), torch.tensor(labels), bad]
 
 
 def pad(batches: Iterator[list], reader: Reader, count: int) -> Iterator[list]:
-    """Exactly `count` full batches, whatever comes: validation's last one, and ranks with fewer, are filled up."""
-    nothing = torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    """Exactly `count` batches; in validation full ones: the last is filled up, and ranks with fewer get empty ones."""
+    nothing = [torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), []]
     for _ in range(count):
-        images, labels = next(batches, nothing)
-        missing = reader.batch - len(labels)
-        yield [F.pad(images, (0, 0) * 3 + (0, missing)), F.pad(labels, (0, missing), value=PADDING)]
+        images, labels, bad = next(batches, nothing)
+        missing = 0 if reader.training else reader.batch - len(labels)
+        yield [F.pad(images, (0, 0) * 3 + (0, missing)), F.pad(labels, (0, missing), value=PADDING), bad]
 
 
 class Epoch(IterableDataset):
     """One rank's batches of one epoch, after the first `done`. In each loader process it makes that worker's share."""
 
-    def __init__(self, reader: Reader, epoch: int, done: int) -> None:
-        self.reader, self.epoch, self.done = reader, epoch, done
+    def __init__(self, reader: Reader, epoch: int, done: int, full: Event) -> None:
+        self.reader, self.epoch, self.done, self.full = reader, epoch, done, full
 
     def __iter__(self) -> Iterator[list[torch.Tensor] | TrainError]:
         r, info = self.reader, get_worker_info()
@@ -412,11 +593,11 @@ class Epoch(IterableDataset):
         pieces = pieces_of(r.index.counts, r.training, r.seed, self.epoch, r.rank, r.world, worker, workers, r.batch)
         batches = wds.DataPipeline(
             lambda: iter(pieces),
-            partial(read_pieces, index=r.index),  #               → samples, undecoded but verified
+            partial(read_pieces, reader=r, full=self.full),  #    → samples, undecoded but verified
             wds.shuffle(r.shuffle, initial=r.shuffle // 4, seed=f"{r.seed}/{self.epoch}/{r.rank}/{worker}"),
             wds.slice(made * r.batch, None),  #                   → those that a resumed run has not used yet
-            wds.map(partial(decode, reader=r, epoch=self.epoch)),  # → (uint8 [S, S, 3], label)
-            wds.batched(r.batch, collation_fn=collate),  #        → [uint8 [B, S, S, 3], int64 [B]]
+            partial(decode_all, reader=r, epoch=self.epoch),  #   → (uint8 [S, S, 3], label)
+            wds.batched(r.batch, collation_fn=collate),  #        → [uint8 [B, S, S, 3], int64 [B], names of bad ones]
             partial(pad, reader=r, count=count),
         )
         try:
@@ -434,6 +615,8 @@ class Loader:
 
     def __init__(self, reader: Reader) -> None:
         self.reader, self.epoch, self.done = reader, 0, 0
+        self.full = multiprocessing.Event()  # of all workers: the cache's disk takes no more
+        self.bad = 0  # images of this epoch that could not be decoded, on this rank
         self.waited = 0.0  # seconds, in all, that the training loop stood still for want of a batch
 
     def __len__(self) -> int:
@@ -443,7 +626,8 @@ class Loader:
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         epoch, done = self.epoch, self.done
         options = dict(num_workers=self.reader.workers, pin_memory=torch.cuda.is_available())
-        batches = iter(DataLoader(Epoch(self.reader, epoch, done), batch_size=None, **options))
+        batches = iter(DataLoader(Epoch(self.reader, epoch, done, self.full), batch_size=None, **options))
+        self.bad = 0
         while done < len(self):
             begun = time.perf_counter()
             try:
@@ -458,6 +642,12 @@ class Loader:
             if isinstance(batch, TrainError):
                 raise batch
             self.waited += time.perf_counter() - begun
+            *batch, bad = batch
+            for why in bad:
+                print(f"imagenet_train.py: left out {why}", file=sys.stderr, flush=True)
+            self.bad += len(bad)
+            if self.bad > self.reader.max_bad:
+                raise TrainError(f"{self.bad} undecodable images in an epoch, {self.reader.max_bad} allowed; last {bad[-1]}")
             done += 1
             self.epoch, self.done = (epoch, done) if done < len(self) else (epoch + 1, 0)
             yield batch
@@ -596,6 +786,11 @@ class Classifier(pl.LightningModule):
             self.shown["wait"] = (self.window[1] - waited) / seconds
         self.log_dict({f"train_{name}": value for name, value in self.shown.items()})
 
+    def on_train_epoch_end(self) -> None:
+        bad = torch.tensor(float(self.trainer.datamodule.loader.bad), device=self.device)
+        if bad := int(self.trainer.strategy.reduce(bad, reduce_op="sum")):
+            self.print(f"epoch {self.current_epoch + 1}: {bad} images that can't be decoded were left out, named above")
+
     def on_validation_epoch_start(self) -> None:
         self.accuracy.reset(), self.loss.reset(), self.seen.reset()
 
@@ -621,6 +816,28 @@ class Classifier(pl.LightningModule):
         if seen != wanted:
             raise TrainError(f"validation saw {seen} images, the index lists {wanted}")
         self.window = (0, 0.0, 0.0)  # validation's seconds are not training's
+
+
+class Preemption(pl.Callback):
+    """SIGTERM, by which a cluster takes a machine back: save last.ckpt after the step in hand, then stop.
+
+    Lightning notes the signal and raises SIGTERMException after a training step, not within validation. So the epoch is
+    saved before validation begins, and a signal that comes in it stops it at once: a resumed run validates again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args, **kwargs) -> None:
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and not trainer.validating:
+            trainer.save_checkpoint(self.path)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -687,6 +904,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--val-resize", metavar="PX", type=pixels, default=256, help="shorter side before the validation crop, pixels")
     add("--shuffle", metavar="N", type=number(int, 0), default=2000,
         help="undecoded samples (about 110 KB each) in a worker's shuffle buffer")
+    add("--cache", metavar="DIR", type=Path, default=None,
+        help="folder on a local disk for copies of what a URL or a command brings (default: none)")
+    add("--retries", metavar="N", type=number(int, 0), default=5, help="of a failing read, before it is an error")
+    add("--timeout", metavar="S", type=number(float, 0.1), default=60, help="seconds without a byte that end a command")
+    add("--max-bad", metavar="N", type=number(int, 0), default=100,
+        help="undecodable training images that a rank leaves out and names in an epoch, before it is an error")
     add("--seed", type=number(int, 0, 2**31), default=0, help="decides weights, order, crops and flips")
     add("--preview", metavar="FILE.png", type=Path, help="write a labelled sheet of a training batch, and exit")
 
@@ -722,18 +945,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from. TrainError if it is missing, or if a fresh run would overwrite one."""
+def find_checkpoint(args: argparse.Namespace, classes: int) -> Path | None:
+    """The checkpoint to go on from. TrainError if it is missing or unfit, or if a fresh run would overwrite one."""
     last = args.output / "last.ckpt"
-    if args.resume:
-        if not os.path.isfile(args.resume):
-            raise TrainError(f"--resume={args.resume}: no such file")
-        return Path(args.resume)
     if args.resume is None and last.exists():
         raise TrainError(f"{last}: exists; --resume to go on from it, --output for another folder, or remove it")
     if args.resume == "" and not last.exists():
         print(f"--resume: no {last} yet, so this is a fresh start")
-    return last if last.exists() else None
+    path = Path(args.resume) if args.resume else last
+    if not args.resume and not last.exists():
+        return None
+    try:
+        made = torch.load(path, mmap=True, weights_only=True)["hyper_parameters"]  # weights_only: it can run no code
+        odd = [f"{k} {made[k]} there, {v} here" for k, v in (("model", args.model), ("classes", classes)) if made[k] != v]
+    except OSError as error:
+        raise TrainError(f"--resume={path}: {error.strerror}") from None
+    except Exception as error:  # of many kinds: pickle's, zip's, a missing key
+        raise TrainError(f"--resume={path}: not a checkpoint of this program ({type(error).__name__})") from None
+    if odd:
+        raise TrainError(f"--resume={path}: made with {', '.join(odd)}; give the same, or another --output")
+    return path
+
+
+def make_cache(folder: Path | None) -> Path | None:
+    """The folder, made and cleared of what killed runs left half done; None, with a warning, if it can't be written."""
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.tar.tmp-*"):
+                if time.time() - old.stat().st_mtime > 3600:
+                    old.unlink(missing_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as error:
+        print(f"imagenet_train.py: --cache={folder}: {error.strerror}; going on without", file=sys.stderr)
+        return None
 
 
 def make_trainer(args: argparse.Namespace) -> pl.Trainer:
@@ -752,6 +998,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
     callbacks = [
         save(filename="best", monitor="val_top1", mode="max"),
         save(filename="last", save_on_train_epoch_end=True),
+        Preemption(output / "last.ckpt"),
         LearningRateMonitor("step"),
         ProgressBar(refresh_rate=1 if sys.stdout.isatty() else args.log_every),
     ]
@@ -771,14 +1018,15 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
 
 def run(args: argparse.Namespace) -> None:
     """Cheap checks first, then train. TrainError for what the user can mend."""
-    splits = {split: read_index(args.shards, split) for split in ("train", "val")}
+    splits = {split: read_index(args.shards, split, args.retries, args.timeout) for split in ("train", "val")}
     if splits["train"].classes != splits["val"].classes:
         raise TrainError(f"--shards={args.shards}: train and val have different classes; convert both from one tree")
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(args, len(splits["train"].classes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-    common = dict(batch=args.batch_size, seed=args.seed)
-    train = Reader(splits["train"], True, size=args.train_size, shuffle=args.shuffle, **common)
+    common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout,
+                  cache=make_cache(args.cache))
+    train = Reader(splits["train"], True, size=args.train_size, shuffle=args.shuffle, max_bad=args.max_bad, **common)
     if args.preview:
         return preview(train, args.preview)
     trainer = make_trainer(args)
@@ -819,6 +1067,9 @@ def main(argv: list[str] | None = None) -> int:
     except TrainError as error:
         print(f"imagenet_train.py: {error}", file=sys.stderr)
         return 1
+    except SIGTERMException:
+        print(f"imagenet_train.py: SIGTERM: {args.output}/last.ckpt is saved; --resume goes on from it", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0
 
 

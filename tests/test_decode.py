@@ -29,7 +29,7 @@ def sample(data: bytes, label: bytes = b"3", key: str = "k") -> dict:
 
 
 def run(item: dict, size: int = 224, resize: int = 256, training: bool = False, seed: int = 0, epoch: int = 0):
-    index = Index("", [], [], [f"n{label}" for label in range(10)])
+    index = Index("", [f"n{label}" for label in range(10)], [], [], [], [])
     return decode(item, Reader(index, training, 1, size, resize, seed=seed), epoch)
 
 

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imagenet_train import Piece, Source, TrainError, locate, read_index, read_piece
+from imagenet_train import Index, Piece, Reader, Source, TrainError, locate, read_index, read_pieces
 
 NAME = "imagenet-train-000001.tar"
 
@@ -25,6 +26,12 @@ def server(shards):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}/"
         httpd.shutdown()
+
+
+def read_piece(index: Index, piece: Piece, **how):
+    """The samples of one piece, without retries unless `how` says otherwise."""
+    reader = Reader(index, True, 4, 32, **{"retries": 0, "timeout": 20} | how)
+    return read_pieces([piece], reader, multiprocessing.Event())
 
 
 def expected(shards: Path, name: str = NAME) -> list[tuple[str, bytes, bytes]]:
@@ -51,10 +58,10 @@ def found(samples) -> list[tuple[str, bytes, bytes]]:
         ("pipe:gsutil cat gs://bucket/%s", "pipe:gsutil cat gs://bucket/x.tar"),
         ("pipe:curl -s http://host/a%20b/", "pipe:curl -s http://host/a%20b/x.tar"),
         ("pipe:curl -s 'http://host/a%20b/%s?x=%2F' | cat", "pipe:curl -s 'http://host/a%20b/x.tar?x=%2F' | cat"),
-        ("http://host", "pipe:curl -sfL --connect-timeout 30 http://host/x.tar"),
-        ("https://host/a%20b/", "pipe:curl -sfL --connect-timeout 30 https://host/a%20b/x.tar"),
-        ("http://host/get?f=%s&t=a%2Fb", "pipe:curl -sfL --connect-timeout 30 'http://host/get?f=x.tar&t=a%2Fb'"),
-        ("http://host/get?f=", "pipe:curl -sfL --connect-timeout 30 'http://host/get?f=x.tar'"),
+        ("http://host", "pipe:curl -sSfL --connect-timeout 30 http://host/x.tar"),
+        ("https://host/a%20b/", "pipe:curl -sSfL --connect-timeout 30 https://host/a%20b/x.tar"),
+        ("http://host/get?f=%s&t=a%2Fb", "pipe:curl -sSfL --connect-timeout 30 'http://host/get?f=x.tar&t=a%2Fb'"),
+        ("http://host/get?f=", "pipe:curl -sSfL --connect-timeout 30 'http://host/get?f=x.tar'"),
     ],
 )
 def test_locate(prefix, place):
@@ -108,14 +115,14 @@ def test_no_index(tmp_path, server):
         read_index(server + "nowhere", "train")
     with pytest.raises(TrainError, match="expected an index, found .*<!DOCTYPE"):  # without -f a 404 is a page
         read_index(f"pipe:curl -s {server}nowhere/", "train")
-    with pytest.raises(TrainError, match="exit status 127 and said: .*not found"):
+    with pytest.raises(TrainError, match="exit status 127, saying .*not found"):
         read_index("pipe:no-such-command ", "train")
     with pytest.raises(TrainError, match="found nothing"):
         read_index("pipe:true ", "train")
 
 
 def spoiled(change) -> bytes:
-    index = {"shardlist": [{"url": "a.tar", "nsamples": 3}, {"url": "b.tar", "nsamples": 4}], "classes": ["n0", "n1"]}
+    index = {"shardlist": [{"url": f"{x}.tar", "nsamples": 3, "filesize": 9, "sha256": "ab" * 32} for x in "ab"], "classes": ["n0", "n1"]}
     change(index)
     return json.dumps(index).encode()
 
@@ -125,6 +132,8 @@ HOSTILE = {
     "a command": spoiled(lambda i: i["shardlist"][0].update(url="a;touch${IFS}x.tar")),
     "an option": spoiled(lambda i: i["shardlist"][0].update(url="-o.tar")),
     "a newline": spoiled(lambda i: i["shardlist"][0].update(url="a.tar\n")),
+    "a checksum with a path": spoiled(lambda i: i["shardlist"][0].update(sha256="../../x")),
+    "a size that is none": spoiled(lambda i: i["shardlist"][0].update(filesize="1e9")),
     "no name": spoiled(lambda i: i["shardlist"][0].update(url=None)),
     "a negative count": spoiled(lambda i: i["shardlist"][0].update(nsamples=-3)),
     "a fraction": spoiled(lambda i: i["shardlist"][0].update(nsamples=3.5)),
@@ -203,14 +212,14 @@ def test_a_member_missing(shards, tmp_path):
 @pytest.mark.parametrize(
     "command, said",
     [
-        ("cat {f}/%s; exit 7", "found 7 of 7 samples; .* ended with exit status 7"),
-        ("cat {f}/%s; echo no space >&2; exit 1", "exit status 1 and said: no space"),
+        ("cat {f}/%s; exit 7", "found 7 of 7 samples; the command ended with exit status 7"),
+        ("cat {f}/%s; echo no space >&2; exit 1", "exit status 1, saying .no space"),
         ("head -c 9000 {f}/%s; exit 3", "of 7 samples, then cut within a .*exit status 3"),
         ("head -c 9000 {f}/%s", "of 7 samples, then cut within a "),
         ("true || echo %s", "found 0 of 7 samples in"),
         ("exit 9; echo %s", "found 0 of 7 samples; .*exit status 9"),
-        ("echo '<html>%s not found</html>'", "then an HTML page"),
-        ("yes '<html>%s not found</html>' | head -c 9999", "then an HTML page"),
+        ("echo '<html>%s not found</html>'", "then a page that says .imagenet-train-000001.tar not found"),
+        ("yes '<html>%s not found</html>' | head -c 9999", "then a page that says .imagenet-train-000001.tar not found"),
         ("head -c 9999 /dev/urandom; echo %s", "then a damaged tar header"),
         ("kill -9 $$; echo %s", "exit status -9"),
     ],
@@ -246,7 +255,7 @@ def test_a_piece_that_ends_early_ends_its_command_in_silence(shards, tmp_path, c
 
 
 def test_a_reader_that_is_dropped_ends_its_command(shards):
-    source = Source("pipe:yes")
+    source = Source("pipe:yes", 5)
     assert source.read(4) == b"y\ny\n"
     source.close()
     assert source.process.returncode is not None

@@ -272,7 +272,8 @@ def test_preview(shards, tmp_path, capsys):
 WRONG = {
     "--shards=/nowhere": "/nowhere/imagenet-train.json: No such file or directory; make it with imagenet_shards.py",
     "--base=gs://bucket/x": "name a command",
-    "--resume=/nowhere.ckpt": "--resume=/nowhere.ckpt: no such file",
+    "--resume=/nowhere.ckpt": "--resume=/nowhere.ckpt: No such file or directory",
+    "--resume=/etc/passwd": "--resume=/etc/passwd: not a checkpoint of this program",
     "--batch-size=61": "--batch-size=61 × 1 ranks: more than the 60 training images",
     "--accelerator=warp": "--accelerator=warp",
     "--devices=x": "--devices=x",

@@ -1,0 +1,32 @@
+# ./run build, or docker build --tag imagenet-webdataset .
+# Commands that a pipe: prefix needs, beside curl, come from PyPI: --build-arg tools="gsutil awscli".
+ARG base=python:3.12-slim
+FROM ${base}
+
+# The base decides the versions.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates curl \
+    && rm -rf /var/lib/apt/lists/*
+
+# What changes least comes first, so that a build after touching a script takes seconds.
+WORKDIR /app
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --requirement requirements.txt
+
+ARG tools=
+# A list, to be split into its words; its versions are the caller's choice.
+# hadolint ignore=DL3013,SC2086
+RUN if [ -n "$tools" ]; then pip install --no-cache-dir $tools; fi
+
+# --user may bring any uid, which has no home and no name here: caches want the one, torch.compile asks for the other.
+ENV HOME=/tmp USER=imagenet PYTHONUNBUFFERED=1
+
+COPY imagenet_shards.py imagenet_train.py ./
+# Readable to everyone, whatever the umask of the checkout.
+RUN chmod 0644 imagenet_shards.py imagenet_train.py
+USER 1000:1000
+
+# IMAGE imagenet_train.py … runs a script, IMAGE torchrun … or IMAGE bash any other command; exec lets signals through.
+ENTRYPOINT ["sh", "-c", "case $0 in *.py) exec python \"$0\" \"$@\" ;; *) exec \"$0\" \"$@\" ;; esac"]
+CMD ["imagenet_train.py", "--help"]

@@ -818,22 +818,34 @@ class Classifier(pl.LightningModule):
         self.window = (0, 0.0, 0.0)  # validation's seconds are not training's
 
 
-class Preemption(pl.Callback):
-    """SIGTERM, by which a cluster takes a machine back: save last.ckpt after the step in hand, then stop.
+class LastCheckpoint(pl.Callback):
+    """Writes last.ckpt at every moment that a run may have to go on from, and so that none of its epochs is left out.
 
-    Lightning notes the signal and raises SIGTERMException after a training step, not within validation. So the epoch is
-    saved before validation begins, and a signal that comes in it stops it at once: a resumed run validates again.
+    Not Lightning's ModelCheckpoint: that saves a run which --max-steps ends within an epoch as if the epoch were over,
+    and one that is killed in validation goes on without it. SIGTERM, by which a cluster takes a machine back, is noted
+    by Lightning, which raises SIGTERMException after the step in hand.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every, self.validation_due = path, every, False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
+        wanted = trainer.global_step == trainer.max_steps or (self.every and trainer.global_step % self.every == 0)
+        if wanted and trainer.datamodule.loader.done:  # at the epoch's end the next one saves
+            trainer.save_checkpoint(self.path)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.validation_due = True
         trainer.save_checkpoint(self.path)
+        self.validation_due = False
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args, **kwargs) -> None:
-        if trainer.received_sigterm:
-            raise SIGTERMException
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
+            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"] |= {"ready": 1, "started": 1}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.datamodule.loader.done == 0:
+            trainer.save_checkpoint(self.path)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and not trainer.validating:
@@ -926,7 +938,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("trainer (Lightning's names)").add_argument
     add("--accelerator", default="auto", help="auto, cpu, gpu, …")
     add("--devices", default="auto", help="per node: auto, a number, or a list such as 0,2")
-    add("--num-nodes", metavar="N", type=count, default=1, help="machines")
+    add("--num-nodes", metavar="N", type=count, default=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        help="machines; torchrun sets it")
     add("--precision", default=None, help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
     add("--max-epochs", metavar="N", type=count, default=90, help="epochs to train")
     add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after as many steps; -1: no limit")
@@ -994,16 +1007,12 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         loggers.append(TensorBoardLogger(output, name="logs", version=loggers[0].version))
     except ModuleNotFoundError:
         pass  # TensorBoard is not installed
-    save = partial(ModelCheckpoint, dirpath=output, enable_version_counter=False, auto_insert_metric_name=False)
     callbacks = [
-        save(filename="best", monitor="val_top1", mode="max"),
-        save(filename="last", save_on_train_epoch_end=True),
-        Preemption(output / "last.ckpt"),
+        LastCheckpoint(output / "last.ckpt", args.checkpoint_every),
+        ModelCheckpoint(output, "best", monitor="val_top1", mode="max", enable_version_counter=False),
         LearningRateMonitor("step"),
         ProgressBar(refresh_rate=1 if sys.stdout.isatty() else args.log_every),
     ]
-    if args.checkpoint_every:
-        callbacks.append(save(filename="last", every_n_train_steps=args.checkpoint_every))
     try:
         return pl.Trainer(
             accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,

@@ -311,7 +311,8 @@ TREES = {
     "no images in this class folder": lambda root: [(root / s / "n99999999").mkdir() for s in ("train", "val")],
     "rename the file": lambda root: first(root).rename(first(root).with_name("a.b.JPEG")),
     "keys must differ": lambda root: shutil.copy(first(root), sorted((root / "train").iterdir())[1]),
-    "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to("nowhere"),
+    "a link out of the tree, to /etc/passwd": lambda root: (first(root).parent / "x.JPEG").symlink_to("/etc/passwd"),
+    "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to(first(root).parent / "nowhere"),
 }
 
 
@@ -343,3 +344,93 @@ def test_bad_flags(tree, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         convert(tree, tmp_path, flag)
     assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- --verify
+
+
+def verify(prefix: Path | str, *flags: str) -> int:
+    return script.main(["--verify", f"--shards={prefix}", "--workers=2", *flags])
+
+
+def test_verify_finished_shards(shards, capsys):
+    for prefix in (shards, f"{shards}/%s", f"pipe:cat {shards}/", f"pipe:cat '{shards}/%s' | cat"):
+        assert verify(prefix, "--decode") == 0
+        out = capsys.readouterr().out
+        assert f": 9 shards, 60 images, {script.human(size_of(shards, 'train'))}: all as the index says" in out
+        assert ": 5 shards, 30 images, " in out
+
+
+def size_of(folder: Path, split: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(f"imagenet-{split}-*.tar"))
+
+
+def rewrite(path: Path, change) -> None:
+    """Write a shard again with changed members, and its index so that size, count and checksum fit."""
+    with tarfile.open(path) as tar:
+        members = change([(m.name, tar.extractfile(m).read()) for m in tar])
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    index = json.loads((path.parent / "imagenet-train.json").read_text())
+    for entry in index["shardlist"]:
+        if entry["url"] == path.name:
+            entry |= {"filesize": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (path.parent / "imagenet-train.json").write_text(json.dumps(index))
+
+
+def blank(members: list) -> list:
+    """Only the first and last bytes of the first image are left."""
+    return [*members[:1], (members[1][0], b"\xff\xd8\xff" + bytes(900) + b"\xff\xd9"), *members[2:]]
+
+
+FAULTS = {
+    "unexpected end of data": lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    "sha256 ": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+    "No such file": lambda path: path.unlink(),
+    "label b'10' is not below 10": lambda path: rewrite(path, lambda m: [(m[0][0], b"10"), *m[1:]]),
+    "label b'' is not below 10": lambda path: rewrite(path, lambda m: [(m[0][0], b""), *m[1:]]),
+    "instead of KEY.cls, KEY.jpg": lambda path: rewrite(path, lambda m: [m[1], m[0], *m[2:]]),
+    "nsamples 6 found, 7 in": lambda path: rewrite(path, lambda m: m[2:]),
+    "empty file": lambda path: rewrite(path, lambda m: [m[0], (m[1][0], b""), *m[2:]]),
+    "also in imagenet-train-00000": lambda path: rewrite(
+        path, lambda m: [(n, d) for n, d in tar_of(path.with_name("imagenet-train-000003.tar"))[:2]] + m[2:]),
+    "neither JPEG nor PNG": lambda path: rewrite(path, blank),
+}
+
+
+def tar_of(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(m.name, tar.extractfile(m).read()) for m in tar]
+
+
+@pytest.mark.parametrize("expected", FAULTS)
+def test_verify_finds(shards, tmp_path, capsys, expected):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    FAULTS[expected](folder / "imagenet-train-000001.tar")
+    if expected == "neither JPEG nor PNG":
+        assert verify(folder, "--splits=train") == 0  # its first and last bytes are a JPEG's
+        capsys.readouterr()
+    assert verify(folder, "--splits=train", "--decode") == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"# wrong: imagenet-train-00000[13]\.tar: .*{re.escape(expected)}", error), error
+    assert "Traceback" not in error and "imagenet-train.json: " in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"shardlist": [{}]}', b"<html>", b'{"shardlist": 1}'])
+def test_verify_without_an_index(tmp_path, capsys, content):
+    (tmp_path / "imagenet-train.json").write_bytes(content)
+    for prefix in (tmp_path, tmp_path / "nowhere", f"pipe:cat {tmp_path}/"):
+        assert verify(prefix) == 1
+        assert "imagenet-train.json: not an index" in capsys.readouterr().err
+
+
+def test_verify_does_not_run_what_an_index_names(shards, tmp_path, capsys):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    index = json.loads((folder / "imagenet-train.json").read_text())
+    index["shardlist"][0]["url"] = f"x.tar; touch {tmp_path}/boom"
+    (folder / "imagenet-train.json").write_text(json.dumps(index))
+    assert verify(f"pipe:cat {folder}/") == 1
+    assert "which is no shard's name" in capsys.readouterr().err and not (tmp_path / "boom").exists()

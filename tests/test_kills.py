@@ -1,0 +1,186 @@
+"""Runs that are killed, at random moments and by request, and go on as if they had not been."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faults
+import imagenet_train as script
+import pytest
+import torch
+from conftest import TRAIN_IMAGES, VAL_IMAGES, convert
+from test_faults import small_disk
+from test_shards import everything
+from test_train import BATCH, HERE, SMALL, diary, record, weights
+
+STEPS = TRAIN_IMAGES // BATCH
+
+
+def run_apart(folder: Path, flags: list[str]) -> None:
+    """In a process of its own: the script with a diary. What it prints goes to folder/log."""
+    os.environ |= {"RECORD": str(folder)}
+    with open(folder / "log", "a", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        import record as recorder
+
+        recorder.folder = folder
+        os._exit(script.main([*SMALL, "--workers=2", f"--output={folder}/out", *flags]))
+
+
+def start(folder: Path, *flags: str) -> multiprocessing.Process:
+    """The script in a forked process, which saves the seconds of importing PyTorch."""
+    folder.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=run_apart, args=(folder, list(flags)))
+    process.start()
+    return process
+
+
+def steps_made(folder: Path) -> dict[int, list[int]]:
+    """Step → labels of its batch. A step that was made again after a kill must have got the same batch."""
+    made: dict[int, list[int]] = {}
+    for line in (folder / "rank-0.jsonl").read_text().splitlines():
+        if line.endswith("]"):  # a kill may cut the last one
+            _, step, kind, labels = json.loads(line)
+            assert kind != "train" or made.setdefault(step, labels) == labels
+    return made
+
+
+def test_sigkill_at_twenty_random_moments(unique, tmp_path):
+    """3 epochs; after each kill --resume; at the end the weights of a run that was never killed."""
+    flags = [f"--shards=pipe:cat {unique}/", "--max-epochs=3", "--checkpoint-every=2", "--resume"]
+    whole = start(tmp_path / "whole", *flags)
+    whole.join()
+    assert whole.exitcode == 0, (tmp_path / "whole" / "log").read_text()
+    folder, rng, kills = tmp_path / "killed", random.Random(0), 0
+    book = folder / "rank-0.jsonl"
+    for _ in range(20):
+        process, size = start(folder, *flags), book.stat().st_size if book.exists() else 0
+        while rng.random() < 0.99 and process.is_alive() and (not book.exists() or book.stat().st_size == size):
+            time.sleep(0.01)  # mostly until it makes steps, sometimes before
+        process.join(rng.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (folder / "log").read_text()[-2000:]
+        kills += process.exitcode != 0
+    last = start(folder, *flags)
+    last.join()
+    assert last.exitcode == 0 and kills >= 8
+    print(f"{kills} kills")
+    assert steps_made(folder) == steps_made(tmp_path / "whole") and len(steps_made(folder)) == 3 * STEPS
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(folder)[name]), name
+
+
+def wait_for(path: Path, pattern: str) -> None:
+    for _ in range(1200):
+        if path.exists() and re.search(pattern, path.read_text()):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{pattern!r} never came in {path}")
+
+
+@pytest.mark.parametrize("moment", ["train", "val"])
+def test_sigterm_saves_and_stops_at_once(unique, tmp_path, moment):
+    flags = [f"--shards={unique}", "--max-epochs=2"]
+    whole = start(tmp_path / "whole", *flags)
+    whole.join()
+    process = start(tmp_path / "stopped", *flags)
+    wait_for(tmp_path / "stopped" / "rank-0.jsonl", r"\[0, 3, " if moment == "train" else '"val"')
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert "SIGTERM: " in (tmp_path / "stopped" / "log").read_text()
+    steps = len([line for line in diary(tmp_path / "stopped", 0, "train")])
+    assert steps < STEPS if moment == "train" else steps == STEPS
+    again = start(tmp_path / "stopped", *flags, "--resume")
+    again.join()
+    assert again.exitcode == 0, (tmp_path / "stopped" / "log").read_text()
+    assert steps_made(tmp_path / "stopped") == steps_made(tmp_path / "whole")
+    assert (tmp_path / "stopped" / "log").read_text().count(f"validated {VAL_IMAGES}/{VAL_IMAGES}") == 2
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+
+
+def test_killed_in_validation_it_validates_again(unique, tmp_path):
+    """… also when --checkpoint-every falls on the epoch's last step."""
+    flags = [f"--shards={unique}", "--max-epochs=2", f"--checkpoint-every={STEPS}", "--resume"]
+    process = start(tmp_path / "out", *flags)
+    wait_for(tmp_path / "out" / "rank-0.jsonl", '"val"')
+    process.kill()
+    process.join()
+    again = start(tmp_path / "out", *flags)
+    again.join()
+    log = (tmp_path / "out" / "log").read_text()
+    assert again.exitcode == 0, log
+    validated = re.findall(r"validated 47/47 images: .* \((epoch \d, step \d+)\)", log)
+    assert validated == [f"epoch 1, step {STEPS}", f"epoch 2, step {2 * STEPS}"]
+    assert len(steps_made(tmp_path / "out")) == 2 * STEPS
+
+
+def test_max_steps_and_then_more(unique, tmp_path):
+    """Stopped by --max-steps within an epoch, and gone on with: no batch is lost or doubled."""
+    for steps in ("7", "30"):
+        process = start(tmp_path / "out", f"--shards={unique}", f"--max-steps={steps}", "--max-epochs=3", "--resume")
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "out" / "log").read_text()
+    process = start(tmp_path / "whole", f"--shards={unique}", "--max-steps=30", "--max-epochs=3")
+    process.join()
+    assert steps_made(tmp_path / "out") == steps_made(tmp_path / "whole") and len(steps_made(tmp_path / "out")) == 30
+
+
+def test_two_ranks_outlast_a_server_that_dies(unique, tmp_path):
+    """One shard can't be had for 10 s: the rank that needs it waits, the other waits for it, both finish."""
+    with faults.fault_server(unique) as server:
+        server.faults["imagenet-train-000002.tar"] = [faults.down(10)] * 1000
+        begun = time.monotonic()
+        run = record(tmp_path, f"--shards={server.url}", "--max-epochs=1", f"--output={tmp_path}/out", ranks=2)
+        assert run.returncode == 0, run.stderr
+        assert time.monotonic() - begun > 10 and "imagenet-train-000002.tar: found 0 of 9 samples" in run.stderr
+    assert f"validated {VAL_IMAGES}/{VAL_IMAGES} images" in run.stdout
+    labels = [label for rank in (0, 1) for batch in diary(tmp_path, rank, "train") for label in batch]
+    assert len(labels) == len(set(labels)) == TRAIN_IMAGES // (2 * BATCH) * 2 * BATCH
+
+
+def test_two_ranks_end_together_when_a_shard_is_gone(unique, tmp_path):
+    with faults.fault_server(unique) as server:
+        server.faults["imagenet-train-000002.tar"] = [faults.answer(404, "Not Found")] * 1000
+        run = record(tmp_path, f"--shards={server.url}", "--max-epochs=1", f"--output={tmp_path}/out", ranks=2)
+    assert run.returncode != 0
+    assert re.search(r"imagenet_train.py: imagenet-train-000002\.tar: found 0 of 9 samples.*404", run.stderr)
+
+
+def test_disk_full_while_sharding(tree, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    small_disk(disk, "size=300k")
+    try:
+        assert convert(tree, disk, "--maxcount=7") == 1
+        error = capsys.readouterr().err
+        assert "No space left on device" in error and error.count("\n") == 1
+        assert not list(disk.glob("*.tmp*")) and not (disk / "imagenet-train.json").exists()
+        assert os.system(f"mount -o remount,size=50m '{disk}'") == 0
+        assert convert(tree, disk, "--maxcount=7") == 0
+        assert convert(tree, tmp_path / "whole", "--maxcount=7") == 0
+        assert everything(disk) == everything(tmp_path / "whole")
+    finally:
+        os.system(f"umount '{disk}'")
+
+
+def test_ctrl_c_is_one_line(tree, tmp_path):
+    """A real SIGINT to the whole foreground group, as a terminal sends it."""
+    script_path = HERE.parent / "imagenet_shards.py"
+    process = subprocess.Popen(
+        [sys.executable, script_path, f"--imagenet={tree}", f"--shards={tmp_path}", "--maxcount=1", "--workers=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and error.startswith("imagenet_shards.py: interrupted") and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.tmp*"))

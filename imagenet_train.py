@@ -108,11 +108,13 @@ class Source:
     """The bytes of one file, to read once from its beginning. OSError if it can't be opened, or stalls.
 
     Whether a command failed is known only after its last byte, from `trouble`: before that, neither damage nor an end
-    of the data can be told from a download that broke.
+    of the data can be told from a download that broke. More than `limit` bytes are a ValueError: no server makes us
+    read for ever.
     """
 
-    def __init__(self, place: str, timeout: float) -> None:
-        self.place, self.timeout, self.process = place, timeout, None
+    def __init__(self, place: str, timeout: float, limit: int) -> None:
+        self.place, self.timeout, self.limit, self.process = place, timeout, limit, None
+        self.found = 0  # bytes
         if not place.startswith("pipe:"):
             self.stream = open(place, "rb", buffering=8 << 20)  # few large reads: disks that spin like them
             return
@@ -130,13 +132,19 @@ class Source:
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes; fewer only at the end."""
-        return self.stream.read(size)
+        data = self.stream.read(size)
+        self.found += len(data)
+        if self.found > self.limit:
+            raise ValueError(f"more than {self.limit} bytes")
+        return data
 
     def trouble(self) -> str | None:
         """Read what is left, wait for the command, and say what is wrong with it; None if nothing is."""
-        rest = sum(len(self.read(1 << 16)) for _ in range(64))  # tar ends with up to 10 KiB of zeros
-        if rest == 64 << 16:
-            return "it goes on after the archive's end"
+        try:
+            while self.read(1 << 16):
+                pass
+        except ValueError as error:
+            return str(error)
         if self.process is None:
             return None
         try:
@@ -214,7 +222,7 @@ class Index(NamedTuple):
 def read_text(prefix: str, name: str, timeout: float) -> Iterator[bytes]:
     """One file's bytes, of which there may be 64 MiB; TrainError if they can't be read."""
     try:
-        source = Source(locate(prefix, name), timeout)
+        source = Source(locate(prefix, name), timeout, limit=64 << 20)
     except OSError as error:
         raise Gone(f"{locate(prefix, name)}: {error.strerror}; make it with imagenet_shards.py") from None
     try:
@@ -343,10 +351,10 @@ class Copy:
     costs only the copy: `full` is set, said once for all workers, and no more copies are made.
     """
 
-    def __init__(self, source: Source, path: Path, size: int, checksum: str, full: Event) -> None:
-        self.source, self.path, self.size, self.checksum, self.full = source, path, size, checksum, full
+    def __init__(self, source: Source, path: Path, checksum: str, full: Event) -> None:
+        self.source, self.path, self.checksum, self.full = source, path, checksum, full
         self.temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{time.monotonic_ns()}")
-        self.found, self.sha256 = 0, hashlib.sha256()
+        self.sha256 = hashlib.sha256()
         self.file = self._attempt(lambda: open(self.temporary, "xb", buffering=1 << 20))
 
     def _attempt(self, action: Callable):
@@ -361,14 +369,13 @@ class Copy:
     def read(self, size: int) -> bytes:
         data = self.source.read(size)
         if self.file:
-            self.found += len(data)
             self.sha256.update(data)
             self._attempt(lambda: self.file.write(data))
         return data
 
     def keep(self) -> None:
         """Call when the source ended well. Bytes that do not fit the index are dropped."""
-        if self.file and (self.found, self.sha256.hexdigest()) == (self.size, self.checksum):
+        if self.file and self.sha256.hexdigest() == self.checksum:
             self._attempt(lambda: (self.file.close(), os.replace(self.temporary, self.path)))
 
     def drop(self) -> None:
@@ -418,10 +425,12 @@ def tar_samples(read: Callable[[int], bytes]) -> Iterator[dict]:
     sample: dict = {}
     for name, data in tar_members(read):
         key, _, extension = name.partition(".")
+        if extension not in ("cls", "jpg"):
+            continue
         if sample.setdefault("__key__", key) != key or extension in sample:
             raise ValueError(f"sample {sample['__key__']!r} lacks a member")
         sample[extension] = data
-        if "cls" in sample and "jpg" in sample:
+        if len(sample) == 3:
             yield sample
             sample = {}
     if sample:
@@ -438,13 +447,13 @@ def read_once(reader: Reader, piece: Piece, full: Event, delivered: list[str]) -
     cached = reader.cache and place.startswith("pipe:") and reader.cache / f"{checksum[:16]}-{name}"
     hit = cached and cached.is_file() and cached.stat().st_size == size
     try:
-        source = Source(str(cached) if hit else place, reader.timeout)
+        source = Source(str(cached) if hit else place, reader.timeout, limit=size)
     except OSError as error:
         raise failure(f"{name}: {place}: {error.strerror}; is the folder whole?", error.strerror) from None
     found, trouble, damaged = 0, "", False
     try:
         if cached and not hit and not full.is_set():
-            copy = Copy(source, cached, size, checksum, full)
+            copy = Copy(source, cached, checksum, full)
         try:
             keys = set()
             for sample in tar_samples((copy or source).read):

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import faults
-import imagenet_train as script
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_read import NAME, alive, expected, found, offsets, read_piece
+
+import imagenet_train as script
 
 CURLS = {"http": "{url}", "curl": "pipe:curl -s {url}", "curl -f": "pipe:curl -sf {url}%s"}
 

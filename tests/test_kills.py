@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 
 import faults
-import imagenet_train as script
 import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES, convert
 from test_faults import small_disk
 from test_shards import everything
 from test_train import BATCH, HERE, SMALL, diary, record, weights
+
+import imagenet_train as script
 
 STEPS = TRAIN_IMAGES // BATCH
 

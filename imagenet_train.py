@@ -11,7 +11,7 @@ Guarantee: in an epoch no image is trained on twice and fewer than ranks × batc
 exactly once, on any number of ranks, or says so and fails. The order, the crops and the flips are a function of the
 seed: a run that is killed and resumed makes the batches that it would have made. Nothing is skipped in silence.
 
-Expect with the defaults (ResNet-50, 90 epochs, NVIDIA's recipe): 77.1 ± 0.1 % top-1 as published with this recipe.
+The defaults are the recipe for which NVIDIA published 77.1 ± 0.1 % top-1 (ResNet-50 v1.5, 90 epochs).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -317,7 +318,7 @@ def pieces_of(
 
 # ---------------------------------------------------------------- pieces → samples
 
-LARGEST = 64 << 20  # bytes of a member, pixels of an image: four times and more what ImageNet holds
+LARGEST = 64 << 20  # bytes of a member; ImageNet's largest image has a quarter of that
 
 
 @dataclass(frozen=True)
@@ -540,8 +541,8 @@ def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]
             raise ValueError(f"label {label}, but the index has {len(reader.index.classes)} classes")
         # The member's name may lie: n02105855_2933.JPEG is a PNG.
         image = Image.open(io.BytesIO(sample["jpg"]), formats=["JPEG", "PNG"])
-        if image.width * image.height > LARGEST:
-            raise ValueError(f"{image.width} × {image.height} pixels, more than the {LARGEST} allowed")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow would only warn, up to twice as many
+            raise ValueError(f"{image.width} × {image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
         if image.mode != "RGB":
             image = image.convert("RGB")  # greyscale and CMYK; an RGB image it would only copy
         if not reader.training:
@@ -670,8 +671,8 @@ class Loader:
         return {"epoch": self.epoch, "done": self.done} | self._plan()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        odd = [f"{name} {state.get(name)} then, {value} now" for name, value in self._plan().items()
-               if state.get(name) != value]
+        plan = self._plan()
+        odd = [f"{name} {state.get(name)} then, {plan[name]} now" for name in plan if state.get(name) != plan[name]]
         if odd and state["done"]:
             raise TrainError(
                 f"--resume: the checkpoint lies within an epoch and was made with other settings ({'; '.join(odd)}); "
@@ -714,17 +715,28 @@ class ImageNetData(pl.LightningDataModule):
 # ---------------------------------------------------------------- batches → gradients
 
 
-def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
-    """Linear from peak/warmup up to the peak over `warmup` steps, then half a cosine down to 0 at `total`."""
+def lr_factor(step: int, warmup: int, total: int) -> float:
+    """Of the peak: linear from 1/warmup up to 1 over `warmup` steps, then half a cosine down to 0 at `total`."""
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 def build_model(name: str, classes: int) -> torch.nn.Module:
     """A freshly initialised classification model of torchvision.models with `classes` outputs."""
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+def check_sizes(name: str, *sizes: int) -> None:
+    """TrainError if the model does not take images of these sizes; tried without weights or data, in a moment."""
+    with torch.device("meta"):
+        model = build_model(name, 2).eval()
+        for size in sizes:
+            try:
+                model(torch.empty(1, 3, size, size))
+            except Exception as error:  # assertions, shapes that do not fit: each model has its own
+                raise TrainError(f"--model={name} takes no images of {size} × {size} px: {error}") from None
 
 
 class Classifier(pl.LightningModule):
@@ -767,13 +779,23 @@ class Classifier(pl.LightningModule):
         peak = h.lr * data.batch * data.world / 256
         warmup = min(round(h.warmup_epochs * steps), total // 2)
         optimizer = torch.optim.SGD(groups, lr=peak, momentum=h.momentum)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, peak=1, warmup=warmup, total=total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, warmup=warmup, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """TrainError unless all ranks begin at the same place: each reads its own machine's checkpoint."""
+        loader = self.trainer.datamodule.loader
+        place = torch.tensor([loader.epoch, loader.done, self.global_step], device=self.device)
+        places = self.all_gather(place).view(-1, 3).unique(dim=0).tolist()
+        if len(places) > 1:
+            raise TrainError(f"--resume: ranks would go on from different (epoch, batch, step) {places}; is --output a "
+                             "folder that all machines share?")
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         images, labels = batch
-        if batch_idx != (self.trainer.datamodule.loader.done - 1) % len(self.trainer.datamodule.loader):
-            raise RuntimeError(f"Lightning is at batch {batch_idx}, the loader at {self.trainer.datamodule.loader.done}")
+        loader = self.trainer.datamodule.loader
+        if batch_idx != (loader.done - 1) % len(loader):
+            raise RuntimeError(f"Lightning is at batch {batch_idx}, the loader at {loader.done}: batches would be lost")
         # Dropout too is a function of (seed, step, rank): a resumed run draws what it would have drawn.
         torch.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams.label_smoothing)
@@ -962,8 +984,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="go on from a checkpoint; without PATH from the last one in --output, if there is one")
     args = parser.parse_args(argv)
     if args.val_size > args.val_resize:
-        parser.error(f"--val-size {args.val_size} does not fit into --val-resize {args.val_resize}; lower the one or "
-                     "raise the other")
+        parser.error(f"--val-size {args.val_size} does not fit into --val-resize {args.val_resize}")
+    if args.preview and args.preview.suffix != ".png":
+        parser.error(f"--preview {args.preview}: give a name that ends in .png")
     return args
 
 
@@ -973,7 +996,7 @@ def find_checkpoint(args: argparse.Namespace, classes: int) -> Path | None:
     if args.resume is None and last.exists():
         raise TrainError(f"{last}: exists; --resume to go on from it, --output for another folder, or remove it")
     if args.resume == "" and not last.exists():
-        print(f"--resume: no {last} yet, so this is a fresh start")
+        rank_zero_only(print)(f"--resume: no {last} yet, so this is a fresh start")
     path = Path(args.resume) if args.resume else last
     if not args.resume and not last.exists():
         return None
@@ -1000,7 +1023,8 @@ def make_cache(folder: Path | None) -> Path | None:
             tempfile.TemporaryFile(dir=folder).close()
         return folder
     except OSError as error:
-        print(f"imagenet_train.py: --cache={folder}: {error.strerror}; going on without", file=sys.stderr)
+        text = f"imagenet_train.py: --cache={folder}: {error.strerror}; going on without"
+        rank_zero_only(print)(text, file=sys.stderr)
         return None
 
 
@@ -1039,6 +1063,7 @@ def run(args: argparse.Namespace) -> None:
     splits = {split: read_index(args.shards, split, args.retries, args.timeout) for split in ("train", "val")}
     if splits["train"].classes != splits["val"].classes:
         raise TrainError(f"--shards={args.shards}: train and val have different classes; convert both from one tree")
+    check_sizes(args.model, args.train_size, args.val_size)
     checkpoint = find_checkpoint(args, len(splits["train"].classes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -1056,23 +1081,20 @@ def run(args: argparse.Namespace) -> None:
             f"--batch-size={args.batch_size} × {trainer.world_size} ranks: more than the {train.index.total} training "
             "images; give a smaller one"
         )
-    if trainer.is_global_zero:
-        print(
-            f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {workers} workers, "
-            f"{trainer.precision}: "
-            f"{train.index.total:,} train images in {len(train.index.names)} shards, {val.index.total:,} val in "
-            f"{len(val.index.names)}, {len(train.index.classes)} classes; {train.steps:,} batches of "
-            f"{args.batch_size} × {trainer.world_size} an epoch; from {args.shards}"
-        )
+    rank_zero_only(print)(
+        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {workers} workers, "
+        f"{trainer.precision}: {train.index.total:,} train images in {len(train.index.names)} shards, "
+        f"{val.index.total:,} val in {len(val.index.names)}, {len(train.index.classes)} classes; {train.steps:,} batches "
+        f"of {args.batch_size} × {trainer.world_size} an epoch; from {args.shards}"
+    )
     pl.seed_everything(args.seed, verbose=False)
     recipe = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "seed", "compile")
     model = Classifier(
         classes=len(train.index.classes), images=val.index.total, **{name: getattr(args, name) for name in recipe}
     )
     trainer.fit(model, datamodule=ImageNetData(train, val), ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero:
-        kept = [name for name in ("best.ckpt", "last.ckpt") if (args.output / name).exists()]
-        print(f"checkpoints: {', '.join(str(args.output / name) for name in kept)}; log: {trainer.logger.log_dir}/metrics.csv")
+    kept = ", ".join(str(path) for path in (args.output / "best.ckpt", args.output / "last.ckpt") if path.exists())
+    rank_zero_only(print)(f"checkpoints: {kept}; log: {trainer.logger.log_dir}/metrics.csv")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1085,6 +1107,14 @@ def main(argv: list[str] | None = None) -> int:
     except TrainError as error:
         print(f"imagenet_train.py: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # of an output that can't be written, mostly
+        print(f"imagenet_train.py: {error.filename or args.output}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(f"imagenet_train.py: --batch-size={args.batch_size}: the device has too little memory", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except SIGTERMException:
         print(f"imagenet_train.py: SIGTERM: {args.output}/last.ckpt is saved; --resume goes on from it", file=sys.stderr)
         return 128 + signal.SIGTERM

@@ -44,6 +44,8 @@ def with_diary(args):
 make_trainer, imagenet_train.make_trainer = imagenet_train.make_trainer, with_diary
 
 if __name__ == "__main__":
+    if "APART" in os.environ:  # every rank on a machine of its own, as far as relative paths go
+        os.chdir(Path(os.environ["RECORD"]) / f"machine-{os.environ.get('RANK', 0)}")
     folder, numbers = Path(os.environ["RECORD"]), os.environ.get("WORKERS", "2").split()
     for workers in numbers:
         several = [f"--output={folder}/out-{workers}"] if len(numbers) > 1 else []

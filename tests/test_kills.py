@@ -157,6 +157,15 @@ def test_two_ranks_end_together_when_a_shard_is_gone(unique, tmp_path):
     assert re.search(r"imagenet_train.py: imagenet-train-000002\.tar: found 0 of 9 samples.*404", run.stderr)
 
 
+def test_ranks_that_would_go_on_from_different_places_are_refused(unique, tmp_path):
+    """Each machine has its own --output, and only one a checkpoint: they would train apart without a word."""
+    [(tmp_path / f"machine-{rank}").mkdir() for rank in (0, 1)]
+    flags = [f"--shards={unique}", "--output=out", "--resume"]
+    assert record(tmp_path, *flags, "--max-epochs=1", APART="1").returncode == 0
+    run = record(tmp_path, *flags, "--max-epochs=2", ranks=2, APART="1")
+    assert run.returncode != 0 and "is --output a folder that all machines share?" in run.stderr
+
+
 def test_disk_full_while_sharding(tree, tmp_path, capsys):
     disk = tmp_path / "disk"
     small_disk(disk, "size=300k")

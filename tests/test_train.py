@@ -237,11 +237,24 @@ def test_normalisation_is_torchvisions():
 
 
 def test_learning_rate():
-    rates = [script.learning_rate(step, 2.0, 10, 110) for step in range(111)]
-    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
-    assert rates[10] == 2.0 and rates[60] == pytest.approx(1.0) and rates[110] == pytest.approx(0, abs=1e-9)
-    assert sorted(rates[10:], reverse=True) == rates[10:]
-    assert script.learning_rate(0, 2.0, 0, 10) == 2.0
+    factors = [script.lr_factor(step, 10, 110) for step in range(111)]
+    assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert factors[10] == 1.0 and factors[60] == pytest.approx(0.5) and factors[110] == pytest.approx(0, abs=1e-9)
+    assert sorted(factors[10:], reverse=True) == factors[10:]
+    assert script.lr_factor(0, 0, 10) == 1.0
+
+
+def test_the_recipe_in_the_optimiser(shards, tmp_path, monkeypatch):
+    """Peak scaled with the global batch, no weight decay on norms and biases, a schedule per step."""
+    seen = {}
+    real = script.Classifier.configure_optimizers
+    monkeypatch.setattr(script.Classifier, "configure_optimizers", lambda self: seen.setdefault("made", real(self)))
+    assert train(shards, tmp_path / "out", "--lr=0.512", "--warmup-epochs=0", "--max-steps=1", "--weight-decay=0.01") == 0
+    decayed, plain = seen["made"]["optimizer"].param_groups
+    assert decayed["initial_lr"] == plain["initial_lr"] == pytest.approx(0.512 * BATCH / 256)
+    assert (decayed["weight_decay"], plain["weight_decay"], decayed["momentum"]) == (0.01, 0, 0.875)
+    assert {p.ndim for p in plain["params"]} == {1} and {p.ndim for p in decayed["params"]} == {2, 4}
+    assert seen["made"]["lr_scheduler"]["interval"] == "step"
 
 
 @pytest.mark.parametrize("name", ["resnet50", "googlenet", "inception_v3", "vit_b_32", "mobilenet_v3_small"])
@@ -278,6 +291,9 @@ WRONG = {
     "--accelerator=warp": "--accelerator=warp",
     "--devices=x": "--devices=x",
     "--precision=7": "--precision=7",
+    "--model=vit_b_16": "--model=vit_b_16 takes no images of 32 × 32 px: Wrong image height",
+    "--output=/dev/null/x": "/dev/null",
+    "--preview=/dev/null/x.png": "/dev/null: File exists",
 }
 
 
@@ -288,7 +304,8 @@ def test_wrong_input_gets_one_clear_line(shards, tmp_path, capsys, flag):
     assert len(error) == 1 and error[0].startswith("imagenet_train.py: ") and WRONG[flag] in error[0]
 
 
-@pytest.mark.parametrize("flag", ["--model=resnet1", "--batch-size=0", "--lr=-1", "--val-size=300", "--max-epochs=x", "--bogus"])
+@pytest.mark.parametrize("flag", ["--model=resnet1", "--batch-size=0", "--lr=-1", "--val-size=300", "--max-epochs=x", "--bogus",
+                                  "--preview=x.jpg"])
 def test_bad_flags(shards, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         train(shards, tmp_path / "out", flag)

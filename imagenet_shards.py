@@ -367,51 +367,54 @@ def in_processes(
             stop.value = 1
 
 
+def write_all(plan: Plan, folder: Path, entries: dict[int, dict], skip_bad: bool, workers: int) -> None:
+    """Write the shards that have no entry yet, and add theirs, in memory and in the journal. ShardError for bad images."""
+    todo = [number for number in range(len(plan.shards)) if number not in entries]
+    for number in todo:
+        for leftover in folder.glob(f"{plan.name(number)}*"):  # of a run that was killed
+            leftover.unlink()
+    if entries:
+        print(f"# keeping {len(entries)} of {len(plan.shards)} {plan.split} shards that are whole")
+    journal = folder / f"imagenet-{plan.split}.journal"
+    write_whole(journal, "".join(json.dumps(line) + "\n" for line in (plan.recipe, *entries.values())))
+
+    starts = list(itertools.accumulate((len(images) for images in plan.shards), initial=0))
+    brief, jobs, lines = plan._replace(shards=[], classes=[]), {}, {}  # a worker needs its own images only
+    for number in todo:
+        images = plan.shards[number]
+        payload = human(sum(image.payload for image in images))
+        jobs[number] = brief, number, folder, images, skip_bad
+        lines[number] = f"# writing {folder / plan.name(number)} {len(images)} {payload} {starts[number]}"
+    images, size = sum(len(plan.shards[n]) for n in todo), sum(image.size for n in todo for image in plan.shards[n])
+    bar = tqdm(total=images, desc=plan.split, unit=" images", disable=None)
+    bad, begun = [], time.monotonic()
+    with open(journal, "a", encoding="utf-8") as log:
+        for number, entry in in_processes(write_shard, jobs, lines, workers, bar, size):
+            bad += entry["skipped"]
+            if skip_bad or not entry["skipped"]:
+                entries[number] = entry
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+    for path, problem in sorted(bad):
+        print(f"# bad image {plan.root / path}: {problem}", file=sys.stderr)
+    if bad and not skip_bad:
+        raise ShardError(
+            f"{plan.root / plan.split}: {len(bad)} bad images, named above; mend or remove them, "
+            "or start again with --skip-bad to leave them out (the whole shards are kept)"
+        )
+    print(f"# {plan.split}: {images / (time.monotonic() - begun):,.0f} images/s")
+
+
 def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
     """Write all shards of a plan that are not whole yet, then the index. ShardError leaves no index."""
-    index, journal = folder / f"imagenet-{plan.split}.json", folder / f"imagenet-{plan.split}.journal"
-    entries = finished_shards(plan, folder, skip_bad=True)
-    if not (index.exists() and len(entries) == len(plan.shards)):
+    index = folder / f"imagenet-{plan.split}.json"
+    entries = finished_shards(plan, folder, skip_bad or index.exists())
+    if not index.exists() or len(entries) < len(plan.shards):
         entries = finished_shards(plan, folder, skip_bad)
-        todo = [number for number in range(len(plan.shards)) if number not in entries]
-        lines = [json.dumps(line) + "\n" for line in (plan.recipe, *entries.values())]
-        write_whole(journal, "".join(lines))
         index.unlink(missing_ok=True)
-        for number in todo:
-            for leftover in folder.glob(f"{plan.name(number)}*"):  # of a run that was killed
-                leftover.unlink()
-        if entries:
-            print(f"# keeping {len(entries)} of {len(plan.shards)} {plan.split} shards that are whole")
-
-        bad, begun = [], time.monotonic()
-        starts = list(itertools.accumulate((len(images) for images in plan.shards), initial=0))
-        brief, jobs, lines, size = plan._replace(shards=[], classes=[]), {}, {}, 0
-        for number in todo:
-            images = plan.shards[number]
-            payload = sum(image.payload for image in images)
-            jobs[number] = brief, number, folder, images, skip_bad
-            lines[number] = f"# writing {folder / plan.name(number)} {len(images)} {human(payload)} {starts[number]}"
-            size += sum(image.size for image in images)
-        bar = tqdm(total=sum(len(plan.shards[n]) for n in todo), desc=plan.split, unit=" images", disable=None)
-        with open(journal, "a", encoding="utf-8") as log:
-            for number, entry in in_processes(write_shard, jobs, lines, workers, bar, size):
-                bad += entry["skipped"]
-                if skip_bad or not entry["skipped"]:
-                    entries[number] = entry
-                    log.write(json.dumps(entry) + "\n")
-                    log.flush()
-        for path, problem in sorted(bad):
-            print(f"# bad image {plan.root / path}: {problem}", file=sys.stderr)
-        if bad and not skip_bad:
-            raise ShardError(
-                f"{plan.root / plan.split}: {len(bad)} bad images, named above; mend or remove them, "
-                "or start again with --skip-bad to leave them out (the whole shards are kept)"
-            )
-        rate = sum(len(plan.shards[n]) for n in todo) / (time.monotonic() - begun)
-        print(f"# {plan.split}: {rate:,.0f} images/s")
-
+        write_all(plan, folder, entries, skip_bad, workers)
     shardlist = [entries[number] for number in range(len(plan.shards))]
-    samples, size = (sum(entry[k] for entry in shardlist) for k in ("nsamples", "filesize"))
+    samples, size = (sum(entry[name] for entry in shardlist) for name in ("nsamples", "filesize"))
     content = {
         "__kind__": "wids-shard-index-v1",  # github.com/webdataset/webdataset: wids; other keys are ours
         "wids_version": 1,
@@ -421,7 +424,7 @@ def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
         "recipe": plan.recipe,
     }
     write_whole(index, json.dumps(content, indent=1) + "\n")
-    journal.unlink(missing_ok=True)
+    (folder / f"imagenet-{plan.split}.journal").unlink(missing_ok=True)
     skipped = sum(len(entry["skipped"]) for entry in shardlist)
     note = f", {skipped} bad images left out" if skipped else ""
     print(f"# {index}: {len(shardlist)} shards, {samples} images, {human(size)}, {len(plan.classes)} classes{note}")
@@ -553,6 +556,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not set(args.splits.split(",")) <= set(ARCHIVES):
         parser.error(f"argument --splits: {args.splits!r} is not train, val or train,val")
+    if args.decode and not args.verify:
+        parser.error("argument --decode: goes with --verify")
     return args
 
 

@@ -339,7 +339,7 @@ def test_a_shards_folder_that_cannot_be_made(tree, tmp_path, capsys):
     assert f"{tmp_path}/file" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x"])
+@pytest.mark.parametrize("flag", ["--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode"])
 def test_bad_flags(tree, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         convert(tree, tmp_path, flag)

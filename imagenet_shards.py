@@ -352,6 +352,7 @@ def in_processes(
             while waiting or running:
                 for number in waiting[: workers - len(running)]:
                     tqdm.write(lines[number], file=sys.stdout)
+                    sys.stdout.flush()  # into a log file too
                     running[pool.submit(function, *jobs[number])] = number
                     waiting.remove(number)
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)

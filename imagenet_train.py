@@ -35,11 +35,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
@@ -616,6 +618,12 @@ class Epoch(IterableDataset):
             yield error  # handed over like a batch: DataLoader would wrap it in a page of traceback
 
 
+def end_with_parent(worker: int) -> None:
+    """In a loader process: don't outlive the main one, which may get a SIGKILL; DataLoader's own watch misses an early one."""
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
+
+
 class Loader:
     """One rank's batches, epoch after epoch: [images uint8 [B, S, S, 3], labels int64 [B], −1 for padding].
 
@@ -635,8 +643,15 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         epoch, done = self.epoch, self.done
-        options = dict(num_workers=self.reader.workers, pin_memory=torch.cuda.is_available())
-        batches = iter(DataLoader(Epoch(self.reader, epoch, done, self.full), batch_size=None, **options))
+        batches = iter(
+            DataLoader(
+                Epoch(self.reader, epoch, done, self.full),
+                batch_size=None,  # they come as batches
+                num_workers=self.reader.workers,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=end_with_parent,
+            )
+        )
         self.bad = 0
         while done < len(self):
             begun = time.perf_counter()

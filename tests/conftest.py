@@ -2,10 +2,12 @@
 
 import random
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -20,6 +22,12 @@ TRAIN_IMAGES = VAL_IMAGES = 47
 def convert(tree: Path, folder: Path, *flags: str) -> int:
     """Run imagenet_shards.py in this process; its exit status."""
     return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", "--workers=2", *flags])
+
+
+def forked() -> None:
+    """To call first in a forked process that may be killed: tqdm's lock is shared, and would stay locked for the others."""
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
 
 
 @pytest.fixture(scope="session")

@@ -14,18 +14,23 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import TRAIN_IMAGES, VAL_IMAGES, convert
+from conftest import TRAIN_IMAGES, VAL_IMAGES, convert, forked
 from test_faults import small_disk
 from test_shards import everything
-from test_train import BATCH, HERE, SMALL, diary, record, weights
+from test_train import BATCH, HERE, SMALL, diary, record
 
 import imagenet_train as script
 
 STEPS = TRAIN_IMAGES // BATCH
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "out" / "last.ckpt", weights_only=True)["state_dict"]
+
+
 def run_apart(folder: Path, flags: list[str]) -> None:
     """In a process of its own: the script with a diary. What it prints goes to folder/log."""
+    forked()
     os.environ |= {"RECORD": str(folder)}
     with open(folder / "log", "a", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
@@ -51,6 +56,23 @@ def steps_made(folder: Path) -> dict[int, list[int]]:
             _, step, kind, labels = json.loads(line)
             assert kind != "train" or made.setdefault(step, labels) == labels
     return made
+
+
+def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path, monkeypatch):
+    """11 steps an epoch, 2 epochs: SIGKILL within the first, at the seam, and within the second; no step is made twice."""
+    flags = [f"--shards={unique}", "--max-epochs=2", "--checkpoint-every=1", "--resume"]
+    whole = start(tmp_path / "whole", *flags)
+    whole.join()
+    assert whole.exitcode == 0, (tmp_path / "whole" / "log").read_text()
+    folder = tmp_path / "killed"
+    for step in (3, 11, 17, -1):
+        monkeypatch.setenv("DIE_AT", str(step))
+        process = start(folder, *flags)
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if step >= 0 else 0), (folder / "log").read_text()
+    assert (folder / "rank-0.jsonl").read_text() == (tmp_path / "whole" / "rank-0.jsonl").read_text()
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(folder)[name]), name
 
 
 def test_sigkill_at_twenty_random_moments(unique, tmp_path):
@@ -80,7 +102,7 @@ def test_sigkill_at_twenty_random_moments(unique, tmp_path):
 
 
 def wait_for(path: Path, pattern: str) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if path.exists() and re.search(pattern, path.read_text()):
             return
         time.sleep(0.02)
@@ -95,7 +117,7 @@ def test_sigterm_saves_and_stops_at_once(unique, tmp_path, moment):
     process = start(tmp_path / "stopped", *flags)
     wait_for(tmp_path / "stopped" / "rank-0.jsonl", r"\[0, 3, " if moment == "train" else '"val"')
     process.terminate()
-    process.join(10)
+    process.join(120)
     assert process.exitcode == 128 + signal.SIGTERM
     assert "SIGTERM: " in (tmp_path / "stopped" / "log").read_text()
     steps = len([line for line in diary(tmp_path / "stopped", 0, "train")])
@@ -191,6 +213,6 @@ def test_ctrl_c_is_one_line(tree, tmp_path):
     )
     process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and error.startswith("imagenet_shards.py: interrupted") and error.count("\n") == 1
     assert not list(tmp_path.glob("*.tmp*"))

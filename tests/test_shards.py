@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 import webdataset as wds
-from conftest import convert
+from conftest import convert, forked
 from PIL import Image
 
 import imagenet_shards as script
@@ -157,6 +157,7 @@ def test_same_bytes_for_one_and_three_workers(tree, shards, tmp_path):
 
 
 def run_apart(tree: Path, folder: Path) -> None:
+    forked()
     os._exit(convert(tree, folder, "--maxcount=2"))
 
 

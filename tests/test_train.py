@@ -50,7 +50,7 @@ def record(folder: Path, *args: str, ranks: int = 1, workers: str = "2", **env: 
     return subprocess.run(
         [*launch, HERE / "record.py", *SMALL, *args],
         env=os.environ | {"RECORD": str(folder), "WORKERS": workers, "OMP_NUM_THREADS": "1"} | env,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=800,
     )
 
 
@@ -143,31 +143,6 @@ def test_an_error_in_a_worker_is_one_line(unique, tmp_path):
         with pytest.raises(script.TrainError, match=r"imagenet-train-000002\.tar: No such file") as error:
             list(script.Loader(script.Reader(script.read_index(str(folder), "train"), True, BATCH, 32, workers=workers)))
         assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------- kills and resumes
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "out" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path):
-    """11 steps an epoch, 2 epochs: SIGKILL within the first, at the seam, and within the second."""
-    args = [f"--shards={unique}", "--max-epochs=2"]
-    whole = record(tmp_path / "whole", *args, f"--output={tmp_path}/whole/out")
-    assert whole.returncode == 0, whole.stderr
-    folder = tmp_path / "killed"
-    args += [f"--output={folder}/out", "--checkpoint-every=1", "--resume"]
-    for step in (3, 11, 17):
-        run = record(folder, *args, DIE_AT=str(step))
-        assert run.returncode == -9
-    assert "fresh start" not in run.stdout
-    run = record(folder, *args)
-    assert run.returncode == 0, run.stderr
-    assert (folder / "rank-0.jsonl").read_text() == (tmp_path / "whole" / "rank-0.jsonl").read_text()
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(folder)[name]), name
 
 
 # ---------------------------------------------------------------- the command line, in this process

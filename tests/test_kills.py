@@ -210,6 +210,7 @@ def test_ctrl_c_is_one_line(tree, tmp_path):
     process = subprocess.Popen(
         [sys.executable, script_path, f"--imagenet={tree}", f"--shards={tmp_path}", "--maxcount=1", "--workers=2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
     )
     process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)

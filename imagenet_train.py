@@ -584,8 +584,10 @@ def pad(batches: Iterator[list], reader: Reader, count: int) -> Iterator[list]:
     nothing = [torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), []]
     for _ in range(count):
         images, labels, bad = next(batches, nothing)
-        missing = 0 if reader.training else reader.batch - len(labels)
-        yield [F.pad(images, (0, 0) * 3 + (0, missing)), F.pad(labels, (0, missing), value=PADDING), bad]
+        if not reader.training and (missing := reader.batch - len(labels)):
+            images = F.pad(images, (0, 0) * 3 + (0, missing))  # a copy, so only where it is needed
+            labels = F.pad(labels, (0, missing), value=PADDING)
+        yield [images, labels, bad]
 
 
 class Epoch(IterableDataset):

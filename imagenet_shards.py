@@ -1,6 +1,7 @@
 """ImageNet tree → WebDataset shards: 1,281,167 files become 147 tar files, byte for byte, and an index that says so.
 
     python imagenet_shards.py --imagenet=/data/imagenet --shards=./data
+    python imagenet_shards.py --imagenet=/data/imagenet --shards='pipe:gsutil cp - gs://bucket/%s'
 
 In:  DIR/{train,val}/<wnid>/*.JPEG, the tree of torchvision.datasets.ImageNet (its devkit is not needed).
 Out: imagenet-train-000000.tar …, imagenet-val-000000.tar …   per image two members: KEY.cls, KEY.jpg
@@ -17,6 +18,7 @@ same bytes, whatever the number of workers and however often the run was killed 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import itertools
@@ -26,8 +28,10 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +39,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import webdataset as wds
 from PIL import Image as PillowImage
@@ -156,14 +160,19 @@ class Plan(NamedTuple):
     split: str
     classes: list[str]
     shards: list[list[Image]]
-    recipe: dict[str, int | str]  # what decides the bytes; kept in the index, compared on a restart
+    recipe: dict[str, Any]  # what decides the bytes; kept in the index, compared on a restart
 
     def name(self, number: int) -> str:
         return f"imagenet-{self.split}-{number:06d}.tar"
 
 
-def make_plan(root: Path, split: str, seed: int, maxsize: float, maxcount: int) -> Plan:
-    """List one split and plan its shards; reads no image. ShardError as find_classes and list_images."""
+def make_plan(
+    root: Path, split: str, seed: int, maxsize: float, maxcount: int, resize: int | None = None, quality: int = 90
+) -> Plan:
+    """List one split and plan its shards; reads no image. ShardError as find_classes and list_images.
+
+    The plan goes by the sizes of the originals, so --resize makes smaller shards of the same samples.
+    """
     classes = find_classes(root, split)
     for other in ARCHIVES:  # a class that only one split has would number all after it differently
         if (root / other).is_dir() and (theirs := find_classes(root, other)) != classes:
@@ -180,35 +189,142 @@ def make_plan(root: Path, split: str, seed: int, maxsize: float, maxcount: int) 
         "maxcount": maxcount,
         "images": len(images),
         "tree": tree.hexdigest(),
+        "resize": resize and [resize, quality],
     }
     return Plan(root, split, classes, plan_shards(images, seed, maxsize, maxcount), recipe)
+
+
+# ---------------------------------------------------------------- name → a place to write to
+
+
+def locate(prefix: str, name: str) -> str:
+    """Where a file lies: in a folder, at a URL, or what pipe:COMMAND reads or writes; %s becomes the name."""
+    if "%s" in prefix:
+        return prefix.replace("%s", name)
+    return prefix + name if prefix.startswith("pipe:") or prefix.endswith("/") else f"{prefix}/{name}"
+
+
+class Part(NamedTuple):
+    """Which of a split's shards to write: number − 1, then every parts-th; 1/1 is all of them."""
+
+    number: int
+    parts: int
+
+
+class Target(NamedTuple):
+    """Where shards go."""
+
+    prefix: str  # a folder or pipe:COMMAND
+    record: Path  # folder of the journals and a copy of the index: the prefix itself, if that is a folder
+
+    @property
+    def command(self) -> bool:
+        return self.prefix.startswith("pipe:")
+
+
+commands: set[int] = set()  # process groups that write for us
+
+
+def end(command: int) -> None:
+    """Kill a command and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(command, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def writing(place: str) -> Iterator[BinaryIO]:
+    """A stream to write one file to, which exists, whole, when the block has ended well, and otherwise never.
+
+    In a folder it has a temporary name till then. A command gets the bytes on its standard input; if they are not to
+    count it is killed before it sees their end, so that gsutil, say, stores nothing. ShardError if a command fails.
+    """
+    if not place.startswith("pipe:"):
+        temporary = Path(f"{place}.tmp-{os.getpid()}")  # no two processes ever share one
+        try:
+            with open(temporary, "wb", buffering=1 << 20) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave a renamed file without its bytes
+            os.replace(temporary, place)
+        except OSError as error:
+            raise ShardError(f"{error.filename or place}: {error.strerror}; mend that and start again") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    command, broken = place.removeprefix("pipe:"), False
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.PIPE, stdout=messages, stderr=messages, start_new_session=True
+        )
+        commands.add(process.pid)
+        try:
+            yield process.stdin
+            process.stdin.close()
+        except BrokenPipeError:
+            broken = True  # it ended before its input, which is wrong even with status 0
+        except BaseException:
+            end(process.pid)
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            status = process.wait()
+            commands.discard(process.pid)
+        messages.seek(0)
+        said = " ".join(messages.read().decode(errors="replace").split())[-300:]
+    if status or broken:
+        raise ShardError(f"{command}: took not all, exit status {status}, saying {said!r}; mend that and start again")
 
 
 # ---------------------------------------------------------------- plan → one shard
 
 
-def flaw(data: bytes, decode: bool = False) -> str | None:
-    """Why these bytes are no JPEG or PNG that can be decoded; None if all is well.
+def decoded(data: bytes) -> PillowImage.Image:
+    """The image, decoded; ValueError says why these bytes are none."""
+    if not data:
+        raise ValueError("empty file")
+    try:
+        image = PillowImage.open(io.BytesIO(data), formats=["JPEG", "PNG"])
+        image.load()
+    except PillowImage.UnidentifiedImageError:
+        raise ValueError("neither JPEG nor PNG") from None
+    except Exception as error:  # Pillow raises many kinds on bad bytes
+        raise ValueError(str(error)) from None
+    return image
+
+
+def check(data: bytes, decode: bool = False) -> None:
+    """ValueError if these bytes are no JPEG or PNG that can be decoded.
 
     Whole files, nearly all, pass by their first and last bytes; unless `decode`, only a suspect is decoded.
     """
     jpeg = data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" in data[-1024:]
     png = data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in data[-1024:]
-    if (jpeg or png) and not decode:
-        return None
-    if not data:
-        return "empty file"
-    try:
-        PillowImage.open(io.BytesIO(data), formats=["JPEG", "PNG"]).load()
-    except Exception as error:  # Pillow raises many kinds on bad bytes
-        return "neither JPEG nor PNG" if isinstance(error, PillowImage.UnidentifiedImageError) else str(error)
-    return None
+    if decode or not (jpeg or png):
+        decoded(data)
+
+
+def shrink(data: bytes, pixels: int, quality: int) -> bytes:
+    """A JPEG of the image with a shorter side of `pixels`; the bytes as they are if it has no more than that.
+
+    ValueError if they can't be decoded. `quality` is libjpeg's, 1 to 95.
+    """
+    image = decoded(data)
+    scale = pixels / min(image.size)
+    if scale >= 1:
+        return data
+    if image.mode not in ("RGB", "L"):  # CMYK, a PNG's palette
+        image = image.convert("RGB")
+    size = round(image.width * scale), round(image.height * scale)
+    stream = io.BytesIO()
+    image.resize(size, PillowImage.Resampling.BICUBIC).save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
 
 
 class Checksummed:
     """A stream to write to that keeps the size and the SHA-256 of what went through."""
 
-    def __init__(self, stream: io.BufferedWriter) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
@@ -241,47 +357,52 @@ def start_worker(*shared) -> None:
     progress = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
+
+    def watch() -> None:
+        wait_for_any([parent])
+        for command in list(commands):
+            end(command)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def write_shard(plan: Plan, number: int, folder: Path, images: list[Image], skip_bad: bool) -> dict:
-    """Write one shard under a temporary name, rename it when whole, return its entry in the index.
+class Rejected(Exception):
+    """A shard with bad images, which is not to be kept."""
+
+
+def write_shard(plan: Plan, number: int, images: list[Image], target: Target, skip_bad: bool) -> dict:
+    """Write one shard, return its entry in the index.
 
     The entry's "skipped" lists [path, flaw] of the bad images. If there are any and skip_bad is off, all images
     are still looked at, so that one run names every bad one, but no shard is left behind.
     """
-    path = folder / plan.name(number)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")  # no two processes ever share one
-    skipped = []
-    try:
-        with open(temporary, "wb", buffering=1 << 20) as file:
-            stream = Checksummed(file)
-            pattern = f"imagenet-{plan.split}-%06d.tar"
-            # mtime=0: a float time would add a kilobyte of PAX headers to every member, other bytes every run.
-            options = dict(start_shard=number, maxsize=float("inf"), verbose=0, mtime=0, opener=lambda _: stream)
-            with wds.ShardWriter(pattern, maxcount=len(images), **options) as shard:
-                for image in images:
-                    data = (plan.root / image.path).read_bytes()
-                    if len(data) != image.size:
-                        raise ShardError(
-                            f"{plan.root / image.path}: {len(data)} bytes, {image.size} when listed; "
-                            "leave the tree alone and start again"
-                        )
-                    if problem := flaw(data):
-                        skipped.append([image.path, problem])
-                    else:
-                        shard.write({"__key__": image.key, "jpg": data, "cls": image.label})
-                    count_done(image.size)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a renamed file without its bytes
-        if skip_bad or not skipped:
-            os.rename(temporary, path)
-    except OSError as error:
-        raise ShardError(f"{error.filename or path}: {error.strerror}; mend that and start again") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    name, skipped, resize = plan.name(number), [], plan.recipe["resize"]
+    pattern = name.replace(f"{number:06d}", "%06d")
+    with contextlib.suppress(Rejected), writing(locate(target.prefix, name)) as file:
+        stream = Checksummed(file)
+        # mtime=0: a float time would add a kilobyte of PAX headers to every member, other bytes every run.
+        options = dict(start_shard=number, maxsize=float("inf"), verbose=0, mtime=0, opener=lambda _: stream)
+        with wds.ShardWriter(pattern, maxcount=len(images), **options) as shard:
+            for image in images:
+                data = (plan.root / image.path).read_bytes()
+                if len(data) != image.size:
+                    raise ShardError(
+                        f"{plan.root / image.path}: {len(data)} bytes, {image.size} when listed; "
+                        "leave the tree alone and start again"
+                    )
+                try:
+                    check(data)
+                    jpg = shrink(data, *resize) if resize else data
+                except ValueError as error:
+                    skipped.append([image.path, str(error)])
+                else:
+                    shard.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
+                count_done(image.size)
+        if skipped and not skip_bad:
+            raise Rejected
     return {
-        "url": path.name,
+        "url": name,
         "nsamples": len(images) - len(skipped),
         "filesize": stream.size,
         "sha256": stream.sha256.hexdigest(),
@@ -292,48 +413,46 @@ def write_shard(plan: Plan, number: int, folder: Path, images: list[Image], skip
 # ---------------------------------------------------------------- plan → all shards + index
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_text(name: str, text: str, *prefixes: str) -> None:
+    """Write a small file under each prefix, one after the other; it is there whole or not at all."""
+    for prefix in dict.fromkeys(prefixes):
+        with writing(locate(prefix, name)) as file:
+            file.write(text.encode())
 
 
-def finished_shards(plan: Plan, folder: Path, skip_bad: bool) -> dict[int, dict]:
-    """The index entries, by shard number, of the shards that an earlier run left whole.
+def finished_shards(plan: Plan, target: Target, skip_bad: bool) -> dict[int, dict]:
+    """The index entries, by shard number, of the shards that are whole: of an earlier run, or of other --part's.
 
-    Read from the index or, before there is one, from the journal: a line with the recipe, then a line a shard.
+    Read from the index or, before there is one, from the journals: a line with the recipe, then a line a shard.
     ShardError if what lies in the folder was made from something else than this plan.
     """
-    index, journal = folder / f"imagenet-{plan.split}.json", folder / f"imagenet-{plan.split}.journal"
-    advice = "use the same arguments, another --shards folder, or --overwrite"
-    record = index if index.exists() else journal
-    if not record.exists():
-        if shards := list(folder.glob(f"imagenet-{plan.split}-*.tar")):
-            raise ShardError(f"{folder}: holds {len(shards)} {plan.split} shards without an index; {advice}")
-        return {}
-    try:
-        if record == index:
-            content = json.loads(index.read_text())
-            recipe, entries = content["recipe"], content["shardlist"]
-        else:
-            recipe, *entries = map(json.loads, journal.read_text().split("\n")[:-1])  # a crash may cut the last line
-        entries = {entry["url"]: entry for entry in entries if entry["filesize"] >= 0 and entry["skipped"] is not None}
-        odd = [f"{name} {recipe[name]} then, {value} now" for name, value in plan.recipe.items() if recipe[name] != value]
-    except (ValueError, KeyError, TypeError):
-        raise ShardError(f"{record}: not written by this program; {advice}") from None
-    if odd:
-        raise ShardError(f"{folder}: its {plan.split} shards have another recipe ({'; '.join(odd)}); {advice}")
+    folder, index = target.record, target.record / f"imagenet-{plan.split}.json"
+    advice = "use the same arguments, another --shards, or --overwrite"
+    records = [index] if index.exists() else sorted(folder.glob(f"imagenet-{plan.split}.*journal"))
+    if not records and (shards := list(folder.glob(f"imagenet-{plan.split}-*.tar"))):
+        raise ShardError(f"{folder}: holds {len(shards)} {plan.split} shards without an index; {advice}")
+    entries = {}
+    for record in records:
+        try:
+            if record == index:
+                content = json.loads(index.read_text())
+                recipe, found = content["recipe"], content["shardlist"]
+            else:
+                recipe, *found = map(json.loads, record.read_text().split("\n")[:-1])  # a crash may cut the last line
+            entries |= {e["url"]: e for e in found if e["filesize"] >= 0 and e["skipped"] is not None}
+            pairs = [(key, recipe.get(key), value) for key, value in plan.recipe.items()]
+            odd = [f"{key} {then} then, {now} now" for key, then, now in pairs if then != now]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ShardError(f"{record}: not written by this program; {advice}") from None
+        if odd:
+            raise ShardError(f"{folder}: its {plan.split} shards have another recipe ({'; '.join(odd)}); {advice}")
 
     whole = {}
     for number in range(len(plan.shards)):
-        path = folder / plan.name(number)
-        entry = entries.get(path.name)
-        if entry and path.is_file() and path.stat().st_size == entry["filesize"]:
-            if skip_bad or not entry["skipped"]:
+        name = plan.name(number)
+        if (entry := entries.get(name)) and (skip_bad or not entry["skipped"]):
+            path = folder / name
+            if target.command or path.is_file() and path.stat().st_size == entry["filesize"]:
                 whole[number] = entry
     return whole
 
@@ -347,6 +466,8 @@ def in_processes(
     """
     images_done, bytes_done, stop = counters = [multiprocessing.Value("q", 0) for _ in range(3)]
     waiting, running = list(jobs), {}
+    # Not Python's own handler: its KeyboardInterrupt gets lost if ^C comes while a process is forked.
+    handler = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", 1))
     with bar, ProcessPoolExecutor(workers, initializer=start_worker, initargs=counters) as pool:
         try:
             while waiting or running:
@@ -356,6 +477,8 @@ def in_processes(
                     running[pool.submit(function, *jobs[number])] = number
                     waiting.remove(number)
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                if stop.value:
+                    raise KeyboardInterrupt
                 bar.set_postfix_str(f"{human(bytes_done.value)} of {human(size)}", refresh=False)
                 bar.update(images_done.value - bar.n)
                 for future in done:
@@ -366,34 +489,37 @@ def in_processes(
             ) from None
         finally:
             stop.value = 1
+            signal.signal(signal.SIGINT, handler)
 
 
-def write_all(plan: Plan, folder: Path, entries: dict[int, dict], skip_bad: bool, workers: int) -> None:
-    """Write the shards that have no entry yet, and add theirs, in memory and in the journal. ShardError for bad images."""
-    todo = [number for number in range(len(plan.shards)) if number not in entries]
+def write_all(plan: Plan, target: Target, part: Part, entries: dict[int, dict], skip_bad: bool, workers: int) -> None:
+    """Write this part's shards that have no entry yet; journal theirs and those given. ShardError for bad images."""
+    todo = [number for number in range(len(plan.shards))[part.number - 1 :: part.parts] if number not in entries]
     for number in todo:
-        for leftover in folder.glob(f"{plan.name(number)}*"):  # of a run that was killed
+        for leftover in target.record.glob(f"{plan.name(number)}*"):  # of a run that was killed
             leftover.unlink()
     if entries:
         print(f"# keeping {len(entries)} of {len(plan.shards)} {plan.split} shards that are whole")
-    journal = folder / f"imagenet-{plan.split}.journal"
-    write_whole(journal, "".join(json.dumps(line) + "\n" for line in (plan.recipe, *entries.values())))
+    journal = f"imagenet-{plan.split}.{part.number}-of-{part.parts}.journal"
+    begin = "".join(json.dumps(line) + "\n" for line in (plan.recipe, *entries.values()))
+    write_text(journal, begin, str(target.record))
+    (target.record / f"imagenet-{plan.split}.json").unlink(missing_ok=True)
 
     starts = list(itertools.accumulate((len(images) for images in plan.shards), initial=0))
     brief, jobs, lines = plan._replace(shards=[], classes=[]), {}, {}  # a worker needs its own images only
     for number in todo:
         images = plan.shards[number]
         payload = human(sum(image.payload for image in images))
-        jobs[number] = brief, number, folder, images, skip_bad
-        lines[number] = f"# writing {folder / plan.name(number)} {len(images)} {payload} {starts[number]}"
+        jobs[number] = brief, number, images, target, skip_bad
+        place = locate(target.prefix, plan.name(number)).removeprefix("pipe:")
+        lines[number] = f"# writing {place} {len(images)} {payload} {starts[number]}"
     images, size = sum(len(plan.shards[n]) for n in todo), sum(image.size for n in todo for image in plan.shards[n])
     bar = tqdm(total=images, desc=plan.split, unit=" images", disable=None)
     bad, begun = [], time.monotonic()
-    with open(journal, "a", encoding="utf-8") as log:
-        for number, entry in in_processes(write_shard, jobs, lines, workers, bar, size):
+    with open(target.record / journal, "a", encoding="utf-8") as log:
+        for _, entry in in_processes(write_shard, jobs, lines, workers, bar, size):
             bad += entry["skipped"]
             if skip_bad or not entry["skipped"]:
-                entries[number] = entry
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
     for path, problem in sorted(bad):
@@ -406,14 +532,8 @@ def write_all(plan: Plan, folder: Path, entries: dict[int, dict], skip_bad: bool
     print(f"# {plan.split}: {images / (time.monotonic() - begun):,.0f} images/s")
 
 
-def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
-    """Write all shards of a plan that are not whole yet, then the index. ShardError leaves no index."""
-    index = folder / f"imagenet-{plan.split}.json"
-    entries = finished_shards(plan, folder, skip_bad or index.exists())
-    if not index.exists() or len(entries) < len(plan.shards):
-        entries = finished_shards(plan, folder, skip_bad)
-        index.unlink(missing_ok=True)
-        write_all(plan, folder, entries, skip_bad, workers)
+def write_index(plan: Plan, target: Target, entries: dict[int, dict]) -> None:
+    """Write imagenet-SPLIT.json, and remove the journals."""
     shardlist = [entries[number] for number in range(len(plan.shards))]
     samples, size = (sum(entry[name] for entry in shardlist) for name in ("nsamples", "filesize"))
     content = {
@@ -424,18 +544,43 @@ def convert(plan: Plan, folder: Path, skip_bad: bool, workers: int) -> None:
         "classes": plan.classes,
         "recipe": plan.recipe,
     }
-    write_whole(index, json.dumps(content, indent=1) + "\n")
-    (folder / f"imagenet-{plan.split}.journal").unlink(missing_ok=True)
+    name = f"imagenet-{plan.split}.json"
+    write_text(name, json.dumps(content, indent=1) + "\n", target.prefix, str(target.record))
+    for journal in target.record.glob(f"imagenet-{plan.split}.*journal"):
+        journal.unlink(missing_ok=True)
     skipped = sum(len(entry["skipped"]) for entry in shardlist)
     note = f", {skipped} bad images left out" if skipped else ""
-    print(f"# {index}: {len(shardlist)} shards, {samples} images, {human(size)}, {len(plan.classes)} classes{note}")
+    place = locate(target.prefix, name).removeprefix("pipe:")
+    print(f"# {place}: {len(shardlist)} shards, {samples} images, {human(size)}, {len(plan.classes)} classes{note}")
 
 
-def write_info(folder: Path) -> None:
+def convert(plan: Plan, target: Target, part: Part | None, skip_bad: bool, workers: int) -> None:
+    """Write the part's shards that are not whole yet and then, if no other's lacks, the index. No part: only the index.
+
+    ShardError leaves no index.
+    """
+    index = target.record / f"imagenet-{plan.split}.json"
+    entries = finished_shards(plan, target, skip_bad or index.exists())
+    if part and len(entries) < len(plan.shards):
+        write_all(plan, target, part, finished_shards(plan, target, skip_bad), skip_bad, workers)
+        entries = finished_shards(plan, target, skip_bad)
+    lacking = [plan.name(number) for number in range(len(plan.shards)) if number not in entries]
+    if not lacking:
+        write_index(plan, target, entries)
+    elif part:
+        print(f"# {plan.split}: {len(lacking)} shards of other parts are to come; who ends last writes the index")
+    else:
+        raise ShardError(
+            f"{target.record}: {len(lacking)} of {len(plan.shards)} {plan.split} shards lack (first {lacking[0]}); "
+            "write them (--part), or bring them here with their journals"
+        )
+
+
+def write_info(target: Target) -> None:
     """_info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the indexes that are there."""
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
-        index = folder / f"imagenet-{split}.json"
+        index = target.record / f"imagenet-{split}.json"
         if index.exists():
             shards = json.loads(index.read_text())["shardlist"]
             splits[name] = {
@@ -444,17 +589,11 @@ def write_info(folder: Path) -> None:
                 "filenames": [shard["url"] for shard in shards],
                 "shard_lengths": [shard["nsamples"] for shard in shards],
             }
-    write_whole(folder / "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
+    if splits:
+        write_text("_info.json", json.dumps({"splits": splits}, indent=1) + "\n", target.prefix, str(target.record))
 
 
 # ---------------------------------------------------------------- index → all is well
-
-
-def locate(prefix: str, name: str) -> str:
-    """Where a file lies, for webdataset.gopen: in a folder, at a URL, or from pipe:COMMAND; %s becomes the name."""
-    if "%s" in prefix:
-        return prefix.replace("%s", name)
-    return prefix + name if prefix.startswith("pipe:") or prefix.endswith("/") else f"{prefix}/{name}"
 
 
 def verify_shard(prefix: str, entry: dict, classes: int, decode: bool) -> tuple[list[str], list[str]]:
@@ -481,8 +620,10 @@ def verify_shard(prefix: str, entry: dict, classes: int, decode: bool) -> tuple[
                         wrong.append(f"members {cls}, {jpg} instead of KEY.cls, KEY.jpg")
                     if not label.isdigit() or int(label) >= classes:
                         wrong.append(f"{key}: label {label[:20]!r} is not below {classes}")
-                    if problem := flaw(data, decode):
-                        wrong.append(f"{key}: {problem}")
+                    try:
+                        check(data, decode)
+                    except ValueError as error:
+                        wrong.append(f"{key}: {error}")
                     count_done(len(data))
             while tee.read(1 << 20):
                 pass
@@ -509,7 +650,7 @@ def verify(prefix: str, split: str, decode: bool, workers: int) -> None:
     if odd:
         raise ShardError(f"{place}: lists {odd[0]!r}, which is no shard's name; don't trust it")
     bar = tqdm(total=images, desc=f"verify {split}", unit=" images", disable=None)
-    lines = {n: f"# reading {entry['url']} {entry['nsamples']} {human(entry['filesize'])}" for n, entry in entries.items()}
+    lines = {n: f"# reading {e['url']} {e['nsamples']} {human(e['filesize'])}" for n, e in entries.items()}
     owner, wrong = {}, []
     for number, (keys, lines_wrong) in in_processes(verify_shard, jobs, lines, workers, bar, size):
         wrong += lines_wrong
@@ -528,9 +669,19 @@ def verify(prefix: str, split: str, decode: bool, workers: int) -> None:
 
 def positive(text: str) -> float:
     """An argparse type: a number above zero; 1e9 is as good as 1000000000."""
-    if not 0 < float(text) < float("inf"):
-        raise ValueError
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+
+
+def kth_of(text: str) -> Part:
+    """An argparse type: K/N."""
+    with contextlib.suppress(ValueError):
+        number, parts = map(int, text.split("/"))
+        if 1 <= number <= parts:
+            return Part(number, parts)
+    raise argparse.ArgumentTypeError(f"{text!r} is not K/N, say 2/8 for the second of eight parts")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -543,23 +694,54 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--imagenet", metavar="DIR", type=Path, help="folder with train/ and val/ of class folders")
-    task.add_argument("--verify", action="store_true", help="read finished shards again and check all that the index says")
-    add("--shards", metavar="DIR", default="./data",
-        help="folder for the shards and the index; with --verify also a URL or pipe:COMMAND, %%s becomes a file's name")
+    task.add_argument("--verify", action="store_true", help="read finished shards again, check all that the index says")
+    add("--shards", metavar="PREFIX", default="./data",
+        help="folder for the shards and the index, or pipe:COMMAND that stores its standard input, %%s becomes a "
+        "file's name; with --verify also a URL, or pipe:COMMAND that prints a file")
     add("--splits", default="train,val", help="what to convert: train, val or both with a comma")
     add("--seed", type=int, default=0, help="of the one shuffle over each split")
     add("--maxsize", metavar="BYTES", type=positive, default=1e9, help="a shard is closed when it holds as many")
     add("--maxcount", metavar="N", type=positive, default=100000, help="… or as many samples")
     add("--workers", metavar="N", type=positive, default=cores, help="processes, each writing whole shards")
+    add("--resize", metavar="PX", type=positive, default=None,
+        help="shrink images to a shorter side of PX and encode them again; the same images in the same shards")
+    add("--quality", metavar="Q", type=int, default=90, help="of the JPEGs that --resize makes")
+    add("--part", metavar="K/N", type=kth_of, default=Part(1, 1),
+        help="write every N-th shard only, from the K-th; the part that ends last writes the index")
+    add("--index-only", action="store_true", help="write no shards, only the index of those that all parts wrote")
+    add("--record", metavar="DIR", type=Path, default=None,
+        help="with a pipe: command: where to keep a folder that records finished shards, for restarts and --part "
+        "(default: the current folder)")
     add("--decode", action="store_true", help="with --verify: decode every image too")
     add("--skip-bad", action="store_true", help="leave out, and list, images that are no JPEG or PNG")
     add("--overwrite", action="store_true", help="replace shards that were made with other arguments")
     args = parser.parse_args(argv)
     if not set(args.splits.split(",")) <= set(ARCHIVES):
         parser.error(f"argument --splits: {args.splits!r} is not train, val or train,val")
+    if not 1 <= args.quality <= 95:
+        parser.error(f"argument --quality: {args.quality} is not within 1 and 95")
     if args.decode and not args.verify:
         parser.error("argument --decode: goes with --verify")
+    if args.overwrite and (args.index_only or args.part.parts > 1):
+        parser.error("argument --overwrite: would remove what other parts wrote; remove the old shards first")
     return args
+
+
+def find_target(shards: str, record: Path | None) -> Target:
+    """Where --shards and --record lead; ShardError for what can't be written to."""
+    if shards.startswith("pipe:"):
+        # The place's own name: to a restart, another bucket is another conversion.
+        name = f"imagenet-shards-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
+        return Target(shards, (record or Path()).expanduser() / name)
+    if re.match("[a-z0-9]+://", shards):
+        raise ShardError(
+            f"--shards={shards}: can be read from (--verify), not written to; name a folder or a command that stores "
+            "its input, say pipe:gsutil cp - gs://bucket/%s"
+        )
+    folder = Path(shards).expanduser()
+    if record and record.expanduser().resolve() != folder.resolve():
+        raise ShardError(f"--record={record}: goes with a pipe: command; the record of a folder lies in it")
+    return Target(str(folder), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -570,29 +752,34 @@ def main(argv: list[str] | None = None) -> int:
             for split in splits:
                 verify(args.shards, split, args.decode, int(args.workers))
             return 0
-        root, folder = args.imagenet.expanduser(), Path(args.shards).expanduser()
-        if re.match("pipe:|[a-z0-9]+://", args.shards):
-            raise ShardError(f"--shards={args.shards}: can be read from (--verify), not written to; name a folder")
+        target = find_target(args.shards, args.record)
+        root = args.imagenet.expanduser()
         if not root.is_dir():
             raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
-        plans = [make_plan(root, split, args.seed, args.maxsize, int(args.maxcount)) for split in splits]
-        folder.mkdir(parents=True, exist_ok=True)
+        limits = args.maxsize, int(args.maxcount), args.resize and int(args.resize), args.quality
+        plans = [make_plan(root, split, args.seed, *limits) for split in splits]
+        target.record.mkdir(parents=True, exist_ok=True)
+        if target.command:
+            print(f"# finished shards are recorded in {target.record}")
+        if args.part.parts == 1 and not args.index_only:  # nobody else writes here
+            for leftover in (*target.record.glob("imagenet-*.tmp-*"), *target.record.glob("_info.json.tmp-*")):
+                leftover.unlink()
         for plan in plans:
             if args.overwrite:  # the index first: it vouches for the shards
-                for name in (f"imagenet-{plan.split}.json", f"imagenet-{plan.split}.journal"):
-                    (folder / name).unlink(missing_ok=True)
-                for shard in folder.glob(f"imagenet-{plan.split}-*.tar"):
-                    shard.unlink()
+                for pattern in (".json", ".*journal", "-*.tar"):
+                    for old in target.record.glob(f"imagenet-{plan.split}{pattern}"):
+                        old.unlink()
             else:
-                finished_shards(plan, folder, args.skip_bad)  # refuse before hours of work, not after
+                finished_shards(plan, target, args.skip_bad)  # refuse before hours of work, not after
         for plan in plans:
-            convert(plan, folder, args.skip_bad, int(args.workers))
-        write_info(folder)
+            convert(plan, target, None if args.index_only else args.part, args.skip_bad, int(args.workers))
+        write_info(target)
     except ShardError as error:
         print(f"imagenet_shards.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"imagenet_shards.py: {error.filename}: {error.strerror}; mend that and start again", file=sys.stderr)
+        what = error.filename or args.shards
+        print(f"imagenet_shards.py: {what}: {error.strerror}; mend that and start again", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("imagenet_shards.py: interrupted; the same command goes on from the whole shards", file=sys.stderr)

@@ -271,7 +271,7 @@ def test_skip_bad_leaves_them_out_and_lists_them(copy, tmp_path, capsys):
     assert "3 bad images left out" in capsys.readouterr().out
 
 
-def test_flaw_never_rejects_what_pillow_decodes():
+def test_check_never_rejects_what_pillow_decodes():
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "JPEG")
     data = buffer.getvalue()
@@ -281,7 +281,12 @@ def test_flaw_never_rejects_what_pillow_decodes():
             decodes = True
         except Exception:
             decodes = False
-        assert (script.flaw(data[:length]) is None) == decodes
+        try:
+            script.check(data[:length])
+            passes = True
+        except ValueError:
+            passes = False
+        assert passes == decodes
 
 
 # ---------------------------------------------------------------- trees that are not

@@ -208,7 +208,7 @@ def persist(read: Callable[[], Iterator], retries: int) -> Iterator:
 
 
 class Index(NamedTuple):
-    """What imagenet_shards.py wrote about a split."""
+    """What imagenet_shards.py wrote about a split, or read_tree() found."""
 
     prefix: str
     classes: list[str]  # wnids; a label is a position in this list
@@ -216,6 +216,7 @@ class Index(NamedTuple):
     counts: list[int]  # samples in each
     sizes: list[int]  # bytes of each
     checksums: list[str]  # SHA-256 of each, hexadecimal
+    tree: bool = False  # of image files: a name is a path below the prefix, WNID/KEY.JPEG, for a shard of one sample
 
     @property
     def total(self) -> int:
@@ -261,6 +262,22 @@ def read_index(prefix: str, split: str, retries: int = 0, timeout: float = 60) -
         what = f"holds {str(odd[0])[:60]!r}" if odd else "has no images, no classes, or a shard twice"
         raise TrainError(f"{place}: the index {what}; {advice}")
     return index
+
+
+def read_tree(folder: Path, split: str) -> Index:
+    """ImageNet's own files as shards of one sample each: all that follows is the same, only slower to read.
+
+    Classes and files as torchvision.datasets.ImageNet has them: its base class, which needs no devkit. TrainError if
+    it finds none.
+    """
+    root = folder.expanduser() / split
+    try:
+        found = torchvision.datasets.ImageFolder(root)
+    except OSError as error:
+        text = str(error.strerror or error).splitlines()[0]
+        raise TrainError(f"--imagenet={folder}: {text}; name the folder that holds train/ and val/") from None
+    names = [os.path.relpath(path, root) for path, _ in found.samples]
+    return Index(str(root), found.classes, names, [1] * len(names), [0] * len(names), [], tree=True)
 
 
 # ---------------------------------------------------------------- index → pieces
@@ -330,7 +347,7 @@ class Reader:
     index: Index
     training: bool
     batch: int  # images a rank and step
-    size: int  # pixels, side of the crop
+    size: int  # pixels, side of the crop; in training that of the last epochs
     resize: int = 256  # pixels, shorter side before the crop; validation only
     shuffle: int = 0  # undecoded samples in a worker's shuffle buffer
     seed: int = 0
@@ -341,6 +358,8 @@ class Reader:
     timeout: float = 60  # seconds without a byte after which a command is ended
     cache: Path | None = None  # folder for copies of what commands bring
     max_bad: int = 0  # undecodable images a rank and epoch that are not an error
+    first_size: int = 0  # pixels, side of the crop in the first epochs; 0: as in the last
+    epochs: int = 1  # over which it grows
 
     @property
     def steps(self) -> int:
@@ -445,7 +464,7 @@ def read_once(reader: Reader, piece: Piece, full: Event, delivered: list[str]) -
 
     TrainError, at the latest after the last sample, if the shard is not what the index says.
     """
-    name, count, size, checksum = (column[piece.shard] for column in reader.index[2:])
+    name, count, size, checksum = (column[piece.shard] for column in reader.index[2:6])
     place, copy = locate(reader.index.prefix, name), None
     cached = reader.cache and place.startswith("pipe:") and reader.cache / f"{checksum[:16]}-{name}"
     hit = cached and cached.is_file() and cached.stat().st_size == size
@@ -501,6 +520,18 @@ def read_pieces(pieces: Iterable[Piece], reader: Reader, full: Event) -> Iterato
     """The samples of all pieces, undecoded, in order; after a failure it goes on with the next one not delivered."""
     for piece in pieces:
         yield from persist(partial(read_once, reader, piece, full, []), reader.retries)
+
+
+def read_files(pieces: Iterable[Piece], reader: Reader) -> Iterator[dict]:
+    """As read_pieces, from the files of a tree. TrainError names one that can't be read."""
+    labels = {wnid: str(label).encode() for label, wnid in enumerate(reader.index.classes)}
+    for piece in pieces:
+        name = reader.index.names[piece.shard]
+        try:
+            data = Path(reader.index.prefix, name).read_bytes()
+        except OSError as error:
+            raise TrainError(f"{error.filename}: {error.strerror}; is the folder whole?") from None
+        yield {"__key__": Path(name).stem, "cls": labels[Path(name).parts[0]], "jpg": data, "__shard__": name}
 
 
 # ---------------------------------------------------------------- samples → batches
@@ -605,9 +636,10 @@ class Epoch(IterableDataset):
         made = len(range(worker, self.done, workers))  # this worker's batches among the first `done`
         count = len(batches_of(r.steps, worker, workers)) - made
         pieces = pieces_of(r.index.counts, r.training, r.seed, self.epoch, r.rank, r.world, worker, workers, r.batch)
+        read = partial(read_files, reader=r) if r.index.tree else partial(read_pieces, reader=r, full=self.full)
         batches = wds.DataPipeline(
             lambda: iter(pieces),
-            partial(read_pieces, reader=r, full=self.full),  #    → samples, undecoded but verified
+            read,  #                                              → samples, undecoded but verified
             wds.shuffle(r.shuffle, initial=r.shuffle // 4, seed=f"{r.seed}/{self.epoch}/{r.rank}/{worker}"),
             wds.slice(made * r.batch, None),  #                   → those that a resumed run has not used yet
             partial(decode_all, reader=r, epoch=self.epoch),  #   → (uint8 [S, S, 3], label)
@@ -618,6 +650,15 @@ class Epoch(IterableDataset):
             yield from batches
         except TrainError as error:
             yield error  # handed over like a batch: DataLoader would wrap it in a page of traceback
+
+
+def crop_size(epoch: int, epochs: int, first: int, last: int) -> int:
+    """The side of a training crop, pixels: `first` for half of the epochs, `last` in the final fifth, growing between.
+
+    The schedule is that of MosaicML Composer's ProgressiveResizing, in steps of 32 px, for which models are fast.
+    """
+    grown = min(max(10 * epoch - 5 * epochs, 0), 3 * epochs)  # of 3 · epochs
+    return last if grown == 3 * epochs else first + grown * (last - first) // (3 * epochs * 32) * 32
 
 
 def end_with_parent(worker: int) -> None:
@@ -644,12 +685,13 @@ class Loader:
         return self.reader.steps
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        epoch, done = self.epoch, self.done
+        epoch, done, r = self.epoch, self.done, self.reader
+        size = crop_size(epoch, r.epochs, r.first_size or r.size, r.size)
         batches = iter(
             DataLoader(
-                Epoch(self.reader, epoch, done, self.full),
+                Epoch(replace(r, size=size), epoch, done, self.full),
                 batch_size=None,  # they come as batches
-                num_workers=self.reader.workers,
+                num_workers=r.workers,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=end_with_parent,
             )
@@ -673,8 +715,8 @@ class Loader:
             for why in bad:
                 print(f"imagenet_train.py: left out {why}", file=sys.stderr, flush=True)
             self.bad += len(bad)
-            if self.bad > self.reader.max_bad:
-                raise TrainError(f"{self.bad} undecodable images in an epoch, {self.reader.max_bad} allowed; last {bad[-1]}")
+            if self.bad > r.max_bad:
+                raise TrainError(f"{self.bad} undecodable images in an epoch, {r.max_bad} allowed; last {bad[-1]}")
             done += 1
             self.epoch, self.done = (epoch, done) if done < len(self) else (epoch + 1, 0)
             yield batch
@@ -705,22 +747,23 @@ class ImageNetData(pl.LightningDataModule):
     epoch, and a run that resumed at an epoch's end would start over with the first epoch's batches.
     """
 
-    def __init__(self, train: Reader, val: Reader) -> None:
+    def __init__(self, train: Reader, val: Reader, make: Callable[[Reader], Loader] = Loader) -> None:
         super().__init__()
-        self.train, self.val = train, val
+        self.train, self.val, self.make = train, val, make
         self.place: dict | None = None
 
-    def _loader(self, reader: Reader) -> Loader:
-        return Loader(replace(reader, rank=self.trainer.global_rank, world=self.trainer.world_size))
+    def ranked(self, reader: Reader) -> Reader:
+        """For this rank."""
+        return replace(reader, rank=self.trainer.global_rank, world=self.trainer.world_size)
 
     def train_dataloader(self) -> Loader:
-        self.loader = self._loader(self.train)
+        self.loader = self.make(self.ranked(self.train))
         if self.place:
             self.loader.load_state_dict(self.place)
         return self.loader
 
     def val_dataloader(self) -> Loader:
-        return self._loader(self.val)
+        return Loader(self.ranked(self.val))
 
     def state_dict(self) -> dict:
         return self.loader.state_dict()
@@ -901,7 +944,10 @@ class LastCheckpoint(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with the last numbers that Classifier logged."""
+    """Lightning's bar, with the last numbers that Classifier logged; in a file, a line every `every` steps."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else every)
 
     def get_metrics(self, trainer: pl.Trainer, module: Classifier) -> dict[str, str]:
         forms = {"loss": ".3f", "images/s": ",.0f", "wait": ".0%"}
@@ -914,18 +960,18 @@ class ProgressBar(TQDMProgressBar):
 def preview(reader: Reader, path: Path) -> None:
     """Draw up to 64 images of the first training batch, as they go to the device, with label and wnid."""
     images, labels = next(iter(Loader(reader)))
-    images, labels = images[:64], labels[:64].tolist()
+    images, labels, size = images[:64], labels[:64].tolist(), images.shape[1]
     columns = math.ceil(math.sqrt(len(images)))
-    width, height = max(reader.size, 90) + 4, reader.size + 16
+    width, height = max(size, 90) + 4, size + 16
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (pixels, label) in enumerate(zip(images, labels)):
         left, top = place % columns * width, place // columns * height
         sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
-        draw.text((left + 2, top + reader.size + 2), f"{label} {reader.index.classes[label]}", "black")
+        draw.text((left + 2, top + size + 2), f"{label} {reader.index.classes[label]}", "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    print(f"{path}: {len(images)} images of the first training batch, {reader.size} × {reader.size} px")
+    print(f"{path}: {len(images)} images of the first training batch, {size} × {size} px")
 
 
 # ---------------------------------------------------------------- command line
@@ -953,13 +999,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     count, pixels, real = number(int, 1), number(int, 16, 4096), number(float, 0)
     models = torchvision.models.list_models(module=torchvision.models)
 
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    add = data.add_mutually_exclusive_group().add_argument
     add("--shards", "--base", metavar="PREFIX", default="./data",
-        help="where the shards lie: a folder, http(s)://…, or pipe:COMMAND; %%s becomes a file's name, else it is appended")
+        help="where the shards lie: a folder, http(s)://…, or pipe:COMMAND; %%s becomes a file's name or it is appended")
+    add("--imagenet", metavar="DIR", type=Path, default=None,
+        help="ImageNet's own files, in train/ and val/, instead of shards; all else stays, so this shows what shards give")
+    add = data.add_argument
     add("--batch-size", metavar="N", type=count, default=256, help="images per device and step")
     add("--workers", metavar="N", type=number(int, 0), default=None,
         help="loader processes per rank (default: this rank's share of the cores)")
     add("--train-size", metavar="PX", type=pixels, default=224, help="side of a training crop, pixels")
+    add("--progressive", metavar="PX", type=pixels, default=None,
+        help="begin with training crops of PX; they grow to --train-size between half and four fifths of the epochs")
     add("--val-size", metavar="PX", type=pixels, default=224, help="side of the validation crop, pixels")
     add("--val-resize", metavar="PX", type=pixels, default=256, help="shorter side before the validation crop, pixels")
     add("--shuffle", metavar="N", type=number(int, 0), default=2000,
@@ -972,6 +1024,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="undecodable training images that a rank leaves out and names in an epoch, before it is an error")
     add("--seed", type=number(int, 0, 2**31), default=0, help="decides weights, order, crops and flips")
     add("--preview", metavar="FILE.png", type=Path, help="write a labelled sheet of a training batch, and exit")
+    add("--benchmark", metavar="STEPS", type=count, nargs="?", const=100,
+        help="measure loader, training step and both over STEPS (100) batches, say what limits, and exit")
 
     add = parser.add_argument_group("model and recipe (defaults: NVIDIA's ResNet-50 v1.5, 90 epochs)").add_argument
     add("--model", metavar="NAME", choices=models, default="resnet50",
@@ -1002,6 +1056,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.val_size > args.val_resize:
         parser.error(f"--val-size {args.val_size} does not fit into --val-resize {args.val_resize}")
+    if args.progressive and args.progressive > args.train_size:
+        parser.error(f"--progressive {args.progressive} is more than --train-size {args.train_size}")
     if args.preview and args.preview.suffix != ".png":
         parser.error(f"--preview {args.preview}: give a name that ends in .png")
     return args
@@ -1045,8 +1101,19 @@ def make_cache(folder: Path | None) -> Path | None:
         return None
 
 
-def make_trainer(args: argparse.Namespace) -> pl.Trainer:
-    """Lightning's Trainer as the flags want it; TrainError for a device or precision that is not to be had."""
+def available_cores() -> int:
+    """Of this machine, for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_model(args: argparse.Namespace, index: Index, images: int) -> Classifier:
+    """The model as the flags want it, for this index's classes and `images` images in validation."""
+    recipe = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "seed", "compile")
+    return Classifier(classes=len(index.classes), images=images, **{name: getattr(args, name) for name in recipe})
+
+
+def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
+    """Lightning's Trainer as the flags want it, or else `changes`; TrainError for a device or precision not to be had."""
     precision = args.precision
     if precision is None:
         gpu = args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -1061,55 +1128,167 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         LastCheckpoint(output / "last.ckpt", args.checkpoint_every),
         ModelCheckpoint(output, "best", monitor="val_top1", mode="max", enable_version_counter=False),
         LearningRateMonitor("step"),
-        ProgressBar(refresh_rate=1 if sys.stdout.isatty() else args.log_every),
+        ProgressBar(args.log_every),
     ]
+    options = dict(
+        accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,
+        max_epochs=args.max_epochs, max_steps=args.max_steps, log_every_n_steps=args.log_every,
+        logger=loggers, callbacks=callbacks, default_root_dir=output, enable_model_summary=False,
+        num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True,
+    )
     try:
-        return pl.Trainer(
-            accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,
-            max_epochs=args.max_epochs, max_steps=args.max_steps, log_every_n_steps=args.log_every,
-            logger=loggers, callbacks=callbacks, default_root_dir=output, enable_model_summary=False,
-            num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True,
-        )
+        return pl.Trainer(**options | changes)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         flags = f"--accelerator={args.accelerator} --devices={args.devices} --precision={precision}"
         raise TrainError(f"{flags}: {str(error).splitlines()[0]}") from None
 
 
+# ---------------------------------------------------------------- benchmark
+
+
+def image_bytes(index: Index) -> float:
+    """Bytes to read for an image, on average; of a tree, by a thousand of its files."""
+    if not index.tree:
+        return sum(index.sizes) / index.total
+    names = random.Random(0).sample(index.names, min(1000, index.total))
+    return sum(os.path.getsize(Path(index.prefix, name)) for name in names) / len(names)
+
+
+class OneBatch(Loader):
+    """The same batch, on the device from the start, again and again: training as if loading cost nothing."""
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        super().__init__(reader)
+        size = crop_size(0, reader.epochs, reader.first_size or reader.size, reader.size)
+        self.images = torch.randint(0, 256, (reader.batch, size, size, 3), dtype=torch.uint8, device=device)
+        self.labels = torch.randint(0, len(reader.index.classes), (reader.batch,), device=device)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        while self.done < len(self):
+            self.done += 1
+            yield [self.images, self.labels]
+
+
+class Stopwatch(pl.Callback):
+    """The seconds that all steps after the first `skip` take, the device's part included."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # it works behind; its clock stops when all is done
+        return time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
+        if trainer.global_step == self.skip:
+            self.begun = self._now()
+        if trainer.global_step == trainer.max_steps:
+            self.seconds = self._now() - self.begun
+
+
+def verdict(load: float, step: float, workers: int, cores: int, device: str) -> str:
+    """What limits, and what to do, from images/s of the loader and of the step alone; cores and workers a rank."""
+    need = math.ceil(max(workers, 1) * step / load)
+    if load >= step:
+        return f"step-bound: {device} takes {step:,.0f}, the loader would give {load / step:.1f} times as many"
+    if need <= cores:
+        return f"input-bound: {workers} workers give {load:,.0f}, {device} takes {step:,.0f}: use --workers={need}"
+    return (
+        f"input-bound: {device} takes {step:,.0f}, for which it needs {need} workers a rank on as many cores, not {cores}: "
+        "smaller images (imagenet_shards.py --resize, --train-size) need fewer"
+    )
+
+
+def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
+    """Print images/s, of all ranks, of the loader alone, the training step alone and both; and what limits them.
+
+    cores: of this machine, for each of its ranks.
+    """
+    skip = 5 + 2 * reader.workers  # the workers make two batches ahead each, which must not count
+    count = min(args.benchmark, reader.steps - skip)
+    if count < 1:
+        raise TrainError(
+            f"--benchmark: an epoch has {reader.steps} batches, too few for {skip} to warm up and one to measure; "
+            "give a smaller --batch-size or fewer --workers"
+        )
+    images = count * reader.batch * reader.world
+
+    def fit(one_batch: bool) -> tuple[float, pl.Trainer]:
+        watch, bar = Stopwatch(skip), ProgressBar(args.log_every)
+        trainer = make_trainer(
+            args, callbacks=[watch, bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
+            max_epochs=1, max_steps=skip + count,
+        )
+        make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader
+        trainer.fit(make_model(args, reader.index, 0), datamodule=ImageNetData(reader, reader, make))
+        return images / watch.seconds, trainer
+
+    step, trainer = fit(one_batch=True)
+    trainer.strategy.barrier()  # all ranks load at once, as in training
+    batches = iter(Loader(replace(reader, rank=trainer.global_rank)))
+    for _ in itertools.islice(batches, skip):
+        pass
+    begun = time.perf_counter()
+    for _ in itertools.islice(batches, count):
+        pass
+    load = images / (time.perf_counter() - begun)
+    batches.close()
+    both, _ = fit(one_batch=False)
+
+    device = trainer.strategy.root_device.type
+    rank_zero_only(print)(
+        f"loader alone   {load:9,.1f} images/s, {load * image_bytes(reader.index) / 1e6:,.1f} MB/s read\n"
+        f"step alone     {step:9,.1f} images/s, with a batch that is on {device} already\n"
+        f"both together  {both:9,.1f} images/s, {both / min(load, step):.0%} of the slower one\n"
+        f"{verdict(load, step, reader.workers, cores, device)}"
+    )
+
+
 def run(args: argparse.Namespace) -> None:
-    """Cheap checks first, then train. TrainError for what the user can mend."""
-    splits = {split: read_index(args.shards, split, args.retries, args.timeout) for split in ("train", "val")}
+    """Cheap checks first, then what is asked for. TrainError for what the user can mend."""
+    place = f"--imagenet={args.imagenet}" if args.imagenet else f"--shards={args.shards}"
+    if args.imagenet:
+        splits = {split: read_tree(args.imagenet, split) for split in ("train", "val")}
+    else:
+        splits = {split: read_index(args.shards, split, args.retries, args.timeout) for split in ("train", "val")}
     if splits["train"].classes != splits["val"].classes:
-        raise TrainError(f"--shards={args.shards}: train and val have different classes; convert both from one tree")
-    check_sizes(args.model, args.train_size, args.val_size)
-    checkpoint = find_checkpoint(args, len(splits["train"].classes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        raise TrainError(f"{place}: train and val have different classes; convert both from one tree")
+    index, images = splits["train"], splits["val"].total
+    check_sizes(args.model, args.train_size, args.val_size, args.progressive or args.train_size)
+    checkpoint = None if args.benchmark else find_checkpoint(args, len(index.classes))
 
     common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout,
                   cache=make_cache(args.cache))
-    train = Reader(splits["train"], True, size=args.train_size, shuffle=args.shuffle, max_bad=args.max_bad, **common)
+    train = Reader(
+        index, True, size=args.train_size, first_size=args.progressive or 0, epochs=args.max_epochs,
+        shuffle=0 if index.tree else args.shuffle, max_bad=args.max_bad, **common,  # a tree's files come shuffled
+    )
     if args.preview:
         return preview(train, args.preview)
     trainer = make_trainer(args)
-    workers = max(1, cores // (trainer.world_size // trainer.num_nodes)) if args.workers is None else args.workers
-    train = replace(train, workers=workers, world=trainer.world_size)
+    world = trainer.world_size
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = max(1, cores // (world // trainer.num_nodes))  # for a rank
+    workers = cores if args.workers is None else args.workers
+    train = replace(train, workers=workers, world=world)
     val = Reader(splits["val"], False, size=args.val_size, resize=args.val_resize, workers=workers, **common)
     if not train.steps:
         raise TrainError(
-            f"--batch-size={args.batch_size} × {trainer.world_size} ranks: more than the {train.index.total} training "
-            "images; give a smaller one"
+            f"--batch-size={args.batch_size} × {world} ranks: more than the {index.total} training images; "
+            "give a smaller one"
         )
     rank_zero_only(print)(
-        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {workers} workers, "
-        f"{trainer.precision}: {train.index.total:,} train images in {len(train.index.names)} shards, "
-        f"{val.index.total:,} val in {len(val.index.names)}, {len(train.index.classes)} classes; {train.steps:,} batches "
-        f"of {args.batch_size} × {trainer.world_size} an epoch; from {args.shards}"
+        f"{args.model} on {world} {trainer.strategy.root_device.type} × {workers} workers, {trainer.precision}: "
+        f"{index.total:,} train images in {len(index.names):,} {'files' if index.tree else 'shards'}, "
+        f"{images:,} val in {len(splits['val'].names):,}, {len(index.classes)} classes; {train.steps:,} batches of "
+        f"{args.batch_size} × {world} an epoch; from {args.imagenet or args.shards}"
     )
     pl.seed_everything(args.seed, verbose=False)
-    recipe = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "seed", "compile")
-    model = Classifier(
-        classes=len(train.index.classes), images=val.index.total, **{name: getattr(args, name) for name in recipe}
-    )
-    trainer.fit(model, datamodule=ImageNetData(train, val), ckpt_path=checkpoint, weights_only=True)
+    if args.benchmark:
+        return benchmark(args, train, cores)
+    data = ImageNetData(train, val)
+    trainer.fit(make_model(args, index, images), datamodule=data, ckpt_path=checkpoint, weights_only=True)
     kept = ", ".join(str(path) for path in (args.output / "best.ckpt", args.output / "last.ckpt") if path.exists())
     rank_zero_only(print)(f"checkpoints: {kept}; log: {trainer.logger.log_dir}/metrics.csv")
 

@@ -35,8 +35,8 @@ class Diary(pl.Callback):
         self.write(trainer, "val", batch)
 
 
-def with_diary(args):
-    trainer = make_trainer(args)
+def with_diary(args, **changes):
+    trainer = make_trainer(args, **changes)
     trainer.callbacks.append(Diary())
     return trainer
 

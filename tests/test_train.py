@@ -320,8 +320,8 @@ def test_the_device_is_not_waited_for_in_every_step(shards, tmp_path, monkeypatc
 
     real = script.make_trainer
 
-    def counting(args):
-        trainer = real(args)
+    def counting(args, **changes):
+        trainer = real(args, **changes)
         trainer.callbacks.append(PerStep())
         return trainer
 

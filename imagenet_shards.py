@@ -132,6 +132,7 @@ def list_images(root: Path, split: str, classes: list[str]) -> list[Image]:
 
 
 # ---------------------------------------------------------------- images → plan
+# All decisions fall here, from names and sizes alone: what follows may be killed, repeated or spread over machines.
 
 
 def plan_shards(images: list[Image], seed: int, maxsize: float, maxcount: int) -> list[list[Image]]:
@@ -195,6 +196,8 @@ def make_plan(
 
 
 # ---------------------------------------------------------------- name → a place to write to
+# A file exists under its name only when it is whole: a folder's by renaming it, a bucket's because its command is killed
+# before it can take a broken stream for the end of the file.
 
 
 def locate(prefix: str, name: str) -> str:
@@ -277,6 +280,7 @@ def writing(place: str) -> Iterator[BinaryIO]:
 
 
 # ---------------------------------------------------------------- plan → one shard
+# The only part that touches images: their bytes go from file to shard as they are, past a look at both ends.
 
 
 def decoded(data: bytes) -> PillowImage.Image:
@@ -411,6 +415,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
 
 
 # ---------------------------------------------------------------- plan → all shards + index
+# Shards in any order, each noted in a journal as it becomes whole; the index comes when none is missing.
 
 
 def write_text(name: str, text: str, *prefixes: str) -> None:
@@ -594,6 +599,7 @@ def write_info(target: Target) -> None:
 
 
 # ---------------------------------------------------------------- index → all is well
+# The other way round, and through any prefix: what the index promises is counted, summed and looked at again.
 
 
 def verify_shard(prefix: str, entry: dict, classes: int, decode: bool) -> tuple[list[str], list[str]]:

@@ -71,6 +71,8 @@ class Gone(TrainError):
 
 
 # ---------------------------------------------------------------- prefix → bytes
+# A prefix is a folder, a URL or a command, and whatever it is, here it becomes a stream of bytes and a verdict. The
+# verdict comes last: a download that breaks looks like a short file until its command's exit status is known.
 
 
 def locate(prefix: str, name: str) -> str:
@@ -172,7 +174,8 @@ class Source:
 # What curl, gsutil, aws, sh, the kernel and web servers' pages say when the file is not there, or not for us.
 FINAL = re.compile(
     r"exit status 12[67]\b|error( code)?: 40[134]\b|40[134] (Not Found|Forbidden|Unauthorized)|No such file"
-    r"|Not a directory|Is a directory|Permission denied|No URLs matched|NoSuchKey|NoSuchBucket|AccessDenied|not found",
+    r"|Exception: 40[134] |\(40[134]\)|Not a directory|Is a directory|Permission denied|No URLs matched|NoSuchKey"
+    r"|NoSuchBucket|AccessDenied|Unable to locate credentials|not found",
     re.IGNORECASE,
 )
 
@@ -205,6 +208,7 @@ def persist(read: Callable[[], Iterator], retries: int) -> Iterator:
 
 
 # ---------------------------------------------------------------- prefix → index
+# The index says what should come before anything comes. That makes epochs exact, lengths known, and loss visible.
 
 
 class Index(NamedTuple):
@@ -281,6 +285,7 @@ def read_tree(folder: Path, split: str) -> Index:
 
 
 # ---------------------------------------------------------------- index → pieces
+# Who reads what is computed, not agreed upon: each of a thousand readers calls the same function with its own numbers.
 
 
 class Piece(NamedTuple):
@@ -336,6 +341,8 @@ def pieces_of(
 
 
 # ---------------------------------------------------------------- pieces → samples
+# webdataset.WebDataset(urls) reads whole shards. Here several readers may share one, each with its own start and stop,
+# and nothing is believed before its shard has proved whole; a failure is mended from the next sample on.
 
 LARGEST = 64 << 20  # bytes of a member; ImageNet's largest image has a quarter of that
 
@@ -535,6 +542,8 @@ def read_files(pieces: Iterable[Piece], reader: Reader) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------- samples → batches
+# From here to the device an image is uint8 [S, S, 3], as Pillow makes it: a quarter of float32's bytes to copy, and as
+# a permuted view it is the channels_last tensor that GPUs prefer.
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in [0, 1]; torchvision's constants
 PADDING = -1  # the label of a row that only fills up a validation batch
@@ -773,6 +782,8 @@ class ImageNetData(pl.LightningDataModule):
 
 
 # ---------------------------------------------------------------- batches → gradients
+# Lightning has the loop, the devices, the ranks and the precision. What it can't know is here: the model and its
+# recipe, the exact count of validated images, and from which moments a run can go on.
 
 
 def lr_factor(step: int, warmup: int, total: int) -> float:

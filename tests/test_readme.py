@@ -5,9 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
-import faults
+import places
 import pytest
 from PIL import Image
 from test_train import SMALL
@@ -18,18 +19,19 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", (TOP / "README.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
-# Only where ImageNet lies, and which port is free, is put in; and so that it takes seconds, these flags are added.
+# Only where ImageNet lies, and which port is free, is put in; and so that it takes seconds, these flags go first.
 QUICK = " ".join([*SMALL, "--max-epochs=1", "--workers=1"])
 TREE, SERVER = "/data/imagenet", "http://localhost:8080/"
 ELSEWHERE = {
     "./run demo": "test_demo below",
     "./run test": "this is it",
     "pip install -r requirements.txt": "./run does it",
-    'docker run --rm -p 8080:80 -v "$PWD/data:/usr/share/nginx/html:ro" nginx': "needs a container engine and its registry",
-    "python imagenet_train.py --shards='pipe:gsutil cat gs://bucket/%s'": "needs a bucket; %s is tested with other commands",
-    "python imagenet_train.py --shards='pipe:aws s3 cp s3://bucket/%s -'": "needs a bucket; %s is tested with other commands",
+    'docker run --rm -p 8080:80 -v "$PWD/data:/usr/share/nginx/html:ro" nginx':
+    "needs a container engine and its registry; below, an nginx without a container serves the same folder",
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=first-host:29500 imagenet_train.py "
     "--shards=./data": "needs two machines; test_train runs torchrun with 2 and 3 ranks",
+    "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python imagenet_train.py --shards=./data --num-nodes=2 "
+    "--devices=8": "needs Slurm and 16 GPUs",
     "./run build": "needs a container engine; test_files tests the arguments",
     "./run imagenet_shards.py": "needs a container engine; test_files tests the arguments",
     "./run imagenet_train.py": "needs a container engine; test_files tests the arguments",
@@ -37,6 +39,12 @@ ELSEWHERE = {
     "needs a cluster; test_files renders and validates it",
 }
 HERE = [command for command in COMMANDS if command not in ELSEWHERE]
+PARTS = [command for command in HERE if "--part=" in command or "--index-only" in command]  # executed together
+# What writes into a bucket, and what reads from it.
+BACK = {
+    "gsutil cp - gs://bucket/%s": "gsutil cat gs://bucket/%s",
+    "aws s3 cp - s3://bucket/%s": "aws s3 cp s3://bucket/%s -",
+}
 
 
 def test_every_command_is_executed_or_has_a_reason():
@@ -46,7 +54,7 @@ def test_every_command_is_executed_or_has_a_reason():
 
 @pytest.fixture(scope="module")
 def desk(tree, tmp_path_factory) -> Path:
-    """A folder as a user has it: both scripts, and `python` on the PATH; with the shards that the first command makes."""
+    """A folder as a user has it: both scripts, `python` on the PATH, and the shards that the first command makes."""
     folder = tmp_path_factory.mktemp("desk")
     for name in ("imagenet_shards.py", "imagenet_train.py"):
         shutil.copy(TOP / name, folder)
@@ -57,30 +65,53 @@ def desk(tree, tmp_path_factory) -> Path:
     return folder
 
 
-def execute(folder: Path, command: str, tree: Path, server: str = SERVER) -> str:
+def execute(folder: Path, command: str, tree: Path, server: str = SERVER, **env: str) -> str:
     command = command.replace(TREE, str(tree)).replace(SERVER, server)
     command = command.replace("/tmp/imagenet-cache", f"{folder}/cache")
-    if "imagenet_train.py" in command:
-        command += f" {QUICK}"
-    env = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = command.replace("imagenet_train.py", f"imagenet_train.py {QUICK}")
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    env["PATH"] = f"{folder}/bin:{env['PATH']}"
     run = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=800)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 
 
-@pytest.mark.parametrize("command", HERE)
-def test_a_command_as_it_stands(desk, tree, command):
+@pytest.mark.parametrize("command", [command for command in HERE if command not in PARTS])
+def test_a_command_as_it_stands(desk, tree, tmp_path, command):
     shutil.rmtree(desk / "output", ignore_errors=True)
-    with faults.fault_server(desk / "data") as server:
-        out = execute(desk, command, tree, server.url)
+    write = next((words for words in BACK if words in command), None)
+    server, env = SERVER, {}
+    with ExitStack() as stack:
+        if SERVER in command:
+            server = stack.enter_context(places.nginx(desk / "data"))
+        elif "//bucket/" in command:
+            (tmp_path / "bucket").mkdir()
+            if not write:
+                shutil.copytree(desk / "data", tmp_path / "bucket", dirs_exist_ok=True)
+            serve = places.gcs(tmp_path) if "gs://" in command else places.s3("bucket", tmp_path / "bucket")
+            env = stack.enter_context(serve)
+        out = execute(desk, command, tree, server, **env)
+        if write:
+            back = execute(desk, f"python imagenet_shards.py --verify --shards='pipe:{BACK[write]}'", tree, **env)
+            assert back.count("all as the index says") == 2
     if "--preview" in command:
         assert Image.open(desk / "preview.png").width > 100
+    elif "--benchmark" in command:
+        results = re.findall("^(loader alone|step alone|both together) +[0-9,.]+ images/s", out, re.MULTILINE)
+        assert len(results) == 3 and re.search("^(step|input)-bound: ", out, re.MULTILINE)
     elif "imagenet_train" in command:
         assert "validated 30/30 images" in out and (desk / "output" / "last.ckpt").exists()
     elif "--verify" in command:
         assert out.count("all as the index says") == 2
     else:
-        assert "60 images" in out and (desk / "data" / "imagenet-train.json").exists()
+        assert "1 shards, 60 images" in out and "1 shards, 30 images" in out
+
+
+def test_parts_make_the_same_shards(desk, tree):
+    for command in PARTS:
+        execute(desk, command.replace("./data", "./parts"), tree)
+    made, whole = ({path.name: path.read_bytes() for path in (desk / name).iterdir()} for name in ("parts", "data"))
+    assert PARTS and made == whole
 
 
 def test_files_that_the_readme_names_are_there():
@@ -94,7 +125,8 @@ def test_every_flag_that_the_readme_names_exists():
         subprocess.run([sys.executable, TOP / name, "--help"], capture_output=True, text=True).stdout
         for name in ("imagenet_shards.py", "imagenet_train.py")
     )
-    others = {"--rm", "--nnodes", "--nproc", "--rdzv", "--build", "--dataset", "--data", "--help"}  # docker's, torchrun's …
+    others = {"--rm", "--build", "--dataset", "--data", "--help"}  # docker's, timm's …
+    others |= {"--nnodes", "--nproc", "--rdzv", "--nodes", "--ntasks", "--gpus"}  # torchrun's, srun's
     for flag in set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", (TOP / "README.md").read_text())):
         assert flag in helps or any(flag.startswith(other) for other in others), flag
 

@@ -1,0 +1,119 @@
+"""Sharding against its peers: the same tree, cold, in one run, interleaved.
+
+    python tests/benchmarks/sharding.py --tree=DIR [--rounds=3] [--workers=1,2]
+
+DIR holds train/WNID/*.JPEG, at best a few thousand. Without --tree a stand-in is drawn, whose images are far smaller
+than ImageNet's. The peers: a plain loop over webdataset.ShardWriter, in one process and without checksums (how most
+people do it), GNU tar of the same files in the same order, and, where they are installed, litdata's optimize and
+MosaicML's MDSWriter. The files are dropped from the page cache before each run. Prints medians in images/s and MB/s
+and the ratio to the loop.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import webdataset as wds
+
+TOP = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(TOP), str(TOP / "tests")]
+
+from standin import make_tree  # noqa: E402
+
+import imagenet_shards  # noqa: E402
+
+
+def drop_from_cache(paths: list[Path]) -> None:
+    os.sync()
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ours(tree: Path, images: list[tuple[Path, int]], out: Path, workers: int) -> None:
+    flags = [f"--imagenet={tree}", f"--shards={out}", "--splits=train", "--maxsize=6e7", f"--workers={workers}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert imagenet_shards.main(flags) == 0
+
+
+def loop(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
+    pattern = str(out / "imagenet-train-%06d.tar")
+    with wds.ShardWriter(pattern, maxsize=6e7, maxcount=100000, verbose=0, mtime=0) as shard:
+        for path, label in images:
+            shard.write({"__key__": path.stem, "jpg": path.read_bytes(), "cls": label})
+
+
+def gnu_tar(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
+    names = "\n".join(str(path.relative_to(tree)) for path, _ in images)
+    command = ["tar", "-C", tree, "--format=ustar", "-cf", out / "all.tar", "-T", "-"]
+    subprocess.run(command, input=names, text=True, check=True)
+
+
+def read_item(item: tuple[Path, int]) -> dict:
+    return {"image": item[0].read_bytes(), "cls": item[1]}
+
+
+def litdata(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
+    from litdata import optimize
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        optimize(fn=read_item, inputs=images, output_dir=str(out), chunk_bytes="60MB", num_workers=2)
+
+
+def mosaic(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(out), columns={"image": "bytes", "cls": "int"}, size_limit=60_000_000) as writer:
+        for item in images:
+            writer.write(read_item(item))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tree", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", default="1,2")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = args.tree or Path(folder, "tree")
+        if not args.tree:
+            make_tree(tree, train=100, val=1)
+        classes = sorted(path.name for path in (tree / "train").iterdir())
+        paths = sorted((tree / "train").rglob("*.*"))
+        random.Random(0).shuffle(paths)  # as all but our own plan and GNU tar would otherwise do themselves
+        images = [(path, classes.index(path.parent.name)) for path in paths]
+        size = sum(path.stat().st_size for path in paths)
+        rivals = {"a loop over ShardWriter": loop, "GNU tar": gnu_tar}
+        rivals |= {f"ours, {n} workers": partial(ours, workers=int(n)) for n in args.workers.split(",")}
+        rivals |= {"litdata optimize, 2 workers": litdata} if find_spec("litdata") else {}
+        rivals |= {"MosaicML MDSWriter": mosaic} if find_spec("streaming") else {}
+        seconds: dict[str, list[float]] = {name: [] for name in rivals}
+        for _ in range(args.rounds):
+            for name, write in rivals.items():
+                out = Path(folder, "out")
+                out.mkdir()
+                drop_from_cache(paths)
+                begun = time.perf_counter()
+                write(tree, images, out)
+                seconds[name].append(time.perf_counter() - begun)
+                shutil.rmtree(out)
+        print(f"{len(images):,} images, {size / 1e6:,.0f} MB; {args.rounds} rounds, medians")
+        base = statistics.median(seconds["a loop over ShardWriter"])
+        for name, times in seconds.items():
+            took = statistics.median(times)
+            print(f"{name:28} {len(images) / took:8,.0f} images/s {size / took / 1e6:7,.0f} MB/s {base / took:6.2f} ×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,12 @@
 # ./run build, or docker build --tag imagenet-webdataset .
 # Commands that a pipe: prefix needs, beside curl, come from PyPI: --build-arg tools="gsutil awscli".
-ARG base=python:3.12-slim
+ARG base=docker.io/library/python:3.12-slim
 FROM ${base}
 
-# The base decides the versions.
+# curl is for prefixes, g++ for --compile: PyTorch and Triton call a compiler. The base decides the versions.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates curl \
+    && apt-get install --yes --no-install-recommends ca-certificates curl g++ \
     && rm -rf /var/lib/apt/lists/*
 
 # What changes least comes first, so that a build after touching a script takes seconds.

@@ -7,6 +7,6 @@ output=${output:-$PWD/output}            # folder for checkpoints and logs; /out
 image=${image:-imagenet-webdataset}      # name of the container image
 engine=${engine:-docker}                 # docker or podman
 shm=${shm:-16g}                          # shared memory, at most: a loader keeps 2 batches of 40 MB a worker in it
-nginx=${nginx:-nginx:stable}             # image of the web server of `serve`
+nginx=${nginx:-docker.io/library/nginx:stable} # image of the web server of `serve`; podman needs the whole name
 port=${port:-8080}                       # of `serve`; 127.0.0.1:8080 lets nobody in from other machines
 python=${python:-python3}                # makes the virtual environment of `demo` and `test`; 3.10 or newer

@@ -671,7 +671,12 @@ def crop_size(epoch: int, epochs: int, first: int, last: int) -> int:
 
 
 def end_with_parent(worker: int) -> None:
-    """In a loader process: don't outlive the main one, which may get a SIGKILL; DataLoader's own watch misses an early one."""
+    """In a loader process: end with the main one and not before.
+
+    After a SIGKILL: DataLoader's own watch misses an early one. And torchrun sends SIGTERM to the main one's process
+    group, which then still needs the batch in hand.
+    """
+    os.setpgrp()
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
 
@@ -924,8 +929,8 @@ class LastCheckpoint(pl.Callback):
     """Writes last.ckpt at every moment that a run may have to go on from, and so that none of its epochs is left out.
 
     Not Lightning's ModelCheckpoint: that saves a run which --max-steps ends within an epoch as if the epoch were over,
-    and one that is killed in validation goes on without it. SIGTERM, by which a cluster takes a machine back, is noted
-    by Lightning, which raises SIGTERMException after the step in hand.
+    and one that is killed in validation goes on without it. After SIGTERM, StopTogether raises
+    SIGTERMException at the end of a step.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -954,6 +959,45 @@ class LastCheckpoint(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class StopTogether(pl.Callback):
+    """SIGTERM, by which a cluster takes a machine back, ends the run on all ranks after the same step, whoever got it.
+
+    Takes the place of Lightning's handler, which broadcasts from where the signal happens to find it: with several
+    ranks their collectives no longer match, and they wait for each other until they are killed, unsaved.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.group = 0, None
+        self.sent: tuple[torch.Tensor, torch.distributed.Work] | None = None  # on its way between the ranks
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self.note)  # Lightning puts back at the end what was there at the beginning
+        if trainer.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")  # of the CPUs: no step waits for a GPU
+
+    def note(self, *args) -> None:
+        self.asked = 1
+
+    def agree(self) -> None:
+        """SIGTERMException, on all ranks at once, if one was asked to. They compare a step late: so nobody waits."""
+        before, asked = self.sent, torch.tensor(self.asked)
+        if self.group:
+            operation = torch.distributed.ReduceOp.MAX
+            self.sent = asked, torch.distributed.all_reduce(asked, operation, self.group, async_op=True)
+            if before is None:
+                return
+            asked, work = before
+            work.wait()
+        if asked:
+            raise SIGTERMException
+
+    def on_train_batch_end(self, *args) -> None:
+        self.agree()
+
+    def on_validation_batch_end(self, *args) -> None:
+        self.agree()
+
+
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar, with the last numbers that Classifier logged; in a file, a line every `every` steps."""
 
@@ -969,9 +1013,9 @@ class ProgressBar(TQDMProgressBar):
 
 
 def preview(reader: Reader, path: Path) -> None:
-    """Draw up to 64 images of the first training batch, as they go to the device, with label and wnid."""
+    """Draw the first training batch, at most 64 images, as they go to the device, with label and wnid."""
     images, labels = next(iter(Loader(reader)))
-    images, labels, size = images[:64], labels[:64].tolist(), images.shape[1]
+    labels, size = labels.tolist(), images.shape[1]
     columns = math.ceil(math.sqrt(len(images)))
     width, height = max(size, 90) + 4, size + 16
     sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
@@ -1137,6 +1181,7 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
         pass  # TensorBoard is not installed
     callbacks = [
         LastCheckpoint(output / "last.ckpt", args.checkpoint_every),
+        StopTogether(),  # after that
         ModelCheckpoint(output, "best", monitor="val_top1", mode="max", enable_version_counter=False),
         LearningRateMonitor("step"),
         ProgressBar(args.log_every),
@@ -1276,7 +1321,7 @@ def run(args: argparse.Namespace) -> None:
         shuffle=0 if index.tree else args.shuffle, max_bad=args.max_bad, **common,  # a tree's files come shuffled
     )
     if args.preview:
-        return preview(train, args.preview)
+        return preview(replace(train, batch=min(train.batch, 64, index.total)), args.preview)
     trainer = make_trainer(args)
     world = trainer.world_size
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1320,11 +1365,12 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print(f"imagenet_train.py: --batch-size={args.batch_size}: the device has too little memory", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except SIGTERMException:
         print(f"imagenet_train.py: SIGTERM: {args.output}/last.ckpt is saved; --resume goes on from it", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        print("imagenet_train.py: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -1,5 +1,6 @@
 """Small real trees and shards, made once a test process."""
 
+import os
 import random
 import sys
 import threading
@@ -9,6 +10,8 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
+# Before PyTorch comes: tests run on a core each, and OpenMP's threads would not outlive a fork.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from standin import make_tree  # noqa: E402

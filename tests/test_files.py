@@ -78,7 +78,7 @@ def test_image_is_ordered_for_the_build_cache_and_runs_as_nobody_special():
     text = (TOP / "Dockerfile").read_text()
     assert "# syntax" not in text and "<<" not in text  # older builders know neither
     kinds = [f"{kind} {rest}" for kind, rest in instructions()]
-    assert kinds[:2] == ["ARG base=python:3.12-slim", "FROM ${base}"]
+    assert kinds[:2] == ["ARG base=docker.io/library/python:3.12-slim", "FROM ${base}"]
     places = [next(i for i, line in enumerate(kinds) if part in line) for part in
               ("apt-get", "COPY requirements.txt", "pip install", "COPY imagenet_shards.py", "USER 1000")]
     assert places == sorted(places)
@@ -163,9 +163,23 @@ def test_container_gets_folders_user_memory_and_arguments_as_given(engine):
     assert given[0] == "run"
     options = given[1:place]
     assert {"--rm", "--init", "--network=host", "--shm-size=3g", f"--user={os.getuid()}:{os.getgid()}"} <= set(options)
+    assert {f"--group-add={group}" for group in [os.getgid(), *os.getgroups()]} <= set(options)
     volumes = {option.removeprefix("--volume=") for option in options if option.startswith("--volume=")}
     assert volumes == {f"{folder}/tree:/imagenet:ro", f"{folder}/my shards:/data"}
     assert "--tty" not in options and "--interactive" not in options
+
+
+def test_verify_is_given_no_imagenet(engine):
+    _, run = engine
+    _, given = run("imagenet_shards.py", "--verify", "--decode", imagenet="nowhere")
+    assert given[-4:] == ["imagenet_shards.py", "--shards=/data", "--verify", "--decode"]
+
+
+def test_podman_keeps_the_caller_who_is_not_root(engine):
+    folder, run = engine
+    (folder / "bin" / "id").write_text("#!/bin/sh\necho 1234\n")
+    (folder / "bin" / "id").chmod(0o755)
+    assert {"--userns=keep-id", "--group-add=keep-groups", "--user=1234:1234"} <= set(run("shell", engine="podman")[1])
 
 
 def test_training_gets_a_place_for_its_output_and_the_gpus_there_are(engine):
@@ -198,7 +212,7 @@ def test_serve_and_build(engine):
     done, given = run("serve", port="127.0.0.1:8081", nginx="web:1", status="3")
     assert done.returncode == 3 and "http://localhost:8081/" in done.stdout
     mount = f"--volume={folder}/my shards:/usr/share/nginx/html:ro"
-    assert given == ["run", "--rm", "--publish=127.0.0.1:8081:80", mount, "web:1"]
+    assert given == ["run", "--rm", mount, "--publish=127.0.0.1:8081:80", "web:1"]
     _, given = run("build", "--build-arg", "tools=a b", image="x")
     assert given == ["build", "--tag", "x", "--build-arg", "tools=a b", "."]
 
@@ -214,6 +228,10 @@ def test_what_is_missing_is_named_in_one_line(engine):
     folder, run = engine
     assert f"{folder}/nowhere: no such folder" in refused(run("imagenet_shards.py", imagenet="nowhere")[0])
     assert f"{folder}/nowhere: no such folder" in refused(run("serve", shards="nowhere")[0])
+    (folder / "a:b").mkdir()
+    assert f"{folder}/a:b: the engines mount no name with a colon" in refused(run("serve", shards="a:b")[0])
+    assert f"{folder}/nowhere: no such folder" in refused(run("imagenet_train.py", shards="nowhere")[0])
+    assert run("imagenet_train.py", "--shards=http://host/", shards="nowhere")[1][-1] == "--shards=http://host/"
     assert "x: no such image; ./run build makes it" in refused(run("shell", image="x", missing="1")[0])
 
 
@@ -310,6 +328,16 @@ def test_one_number_makes_it_many_nodes(nodes):
     assert job["spec"]["parallelism"] == job["spec"]["completions"] == nodes
     for index in range(nodes):
         assert command_line(job, index)[:2] == ["torchrun", f"--nnodes={nodes}"]
+
+
+def test_any_pod_may_be_lost_many_times():
+    job = render(nodes=64)[2]["spec"]
+    assert job["backoffLimitPerIndex"] == 100 and "backoffLimit" not in job  # which 64 pods would use up at once
+    assert job["successPolicy"] == {"rules": [{"succeededCount": 1}]}  # who comes back when others are through waits
+    ignored = [condition for rule in job["podFailurePolicy"]["rules"] for condition in rule["onPodConditions"]]
+    assert ignored == [{"type": "DisruptionTarget", "status": "True"}]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert environment({"spec": job}, 0)["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"  # test_cluster needs it
 
 
 def test_arguments_are_those_of_torchrun_and_the_script():

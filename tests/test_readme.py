@@ -29,14 +29,14 @@ ELSEWHERE = {
     'docker run --rm -p 8080:80 -v "$PWD/data:/usr/share/nginx/html:ro" nginx':
     "needs a container engine and its registry; below, an nginx without a container serves the same folder",
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=first-host:29500 imagenet_train.py "
-    "--shards=./data": "needs two machines; test_train runs torchrun with 2 and 3 ranks",
+    "--shards=./data": "needs two machines; test_cluster runs torchrun on two hosts",
     "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python imagenet_train.py --shards=./data --num-nodes=2 "
     "--devices=8": "needs Slurm and 16 GPUs",
-    "./run build": "needs a container engine; test_files tests the arguments",
-    "./run imagenet_shards.py": "needs a container engine; test_files tests the arguments",
-    "./run imagenet_train.py": "needs a container engine; test_files tests the arguments",
+    "./run build": "test_container does it, where a container engine answers",
+    "./run imagenet_shards.py": "test_container does it, where a container engine answers",
+    "./run imagenet_train.py": "test_container does it, where a container engine answers",
     "image=registry/imagenet shards='pipe:gsutil cat gs://bucket/%s' envsubst < ./train.yml | kubectl apply -f -":
-    "needs a cluster; test_files renders and validates it",
+    "needs a cluster; test_cluster runs what it makes",
 }
 HERE = [command for command in COMMANDS if command not in ELSEWHERE]
 PARTS = [command for command in HERE if "--part=" in command or "--index-only" in command]  # executed together

@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from imagenet_train import Index, Reader, TrainError, center_crop, decode, random_crop
+from imagenet_train import Index, Reader, TrainError, center_crop, decode, end_below, random_crop, resize
 
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 
@@ -85,6 +85,38 @@ def test_the_box_in_validation_lies_within_the_image():
     for width, height in SIZES:
         left, top, right, bottom = center_crop(width, height, 224, 256)
         assert -1e-6 <= left < right <= width + 1e-6 and -1e-6 <= top < bottom <= height + 1e-6
+
+
+SCANS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "restarts": {"subsampling": 2, "restart_marker_blocks": 3},
+    "greyscale": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"},
+    "progressive": {"progressive": True},
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_jpeg_that_is_to_end_below_a_row_has_the_same_rows_above_it(name):
+    data = jpeg(50, 70, quality=90, **SCANS[name])
+    whole = Image.open(io.BytesIO(data))
+    for bottom in range(1, 71):
+        image = Image.open(end_below(data, bottom))
+        assert image.height == (70 if name == "progressive" else min(bottom + 2, 70))
+        assert image.crop((0, 0, 50, bottom)).tobytes() == whole.crop((0, 0, 50, bottom)).tobytes()
+
+
+@pytest.mark.parametrize("end", [-2, -100, 300, 20, 2, 0])
+def test_a_cut_jpeg_is_decoded_whole(end):
+    data = jpeg(50, 70)[:end]
+    assert end_below(data, 5).read() == data
+
+
+def test_a_resized_crop_is_contiguous():
+    """If torch did not see that it is channels_last, to resize and to stack it would take twice the time."""
+    assert resize(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
 
 
 ODD = {

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -110,13 +111,26 @@ def test_a_loader_goes_on_anywhere(unique, workers):
     """From any place in the epoch, the rest of it is the same to the last pixel."""
     index = script.read_index(str(unique), "train")
     reader = script.Reader(index, True, BATCH, 32, 36, 9, workers=workers)
-    whole = list(script.Loader(reader))
+    whole = [[part.clone() for part in batch] for batch in script.Loader(reader)]
     for done in (1, 2, 5, len(whole) - 1):
         loader = script.Loader(reader)
         loader.load_state_dict(script.Loader(reader).state_dict() | {"done": done})
         for (a, b), (c, d) in zip(loader, whole[done:], strict=True):
             assert torch.equal(a, c) and torch.equal(b, d)
         assert loader.state_dict()["epoch"] == 1 and loader.state_dict()["done"] == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_stays_as_it_is_until_the_next_one_of_its_process(unique, workers):
+    """Although its memory is used again: the workers have all the time to make what they may."""
+    loader = script.Loader(script.Reader(script.read_index(str(unique), "train"), True, BATCH, 32, workers=workers))
+    places = []
+    for images, _ in loader:
+        before = images.clone()
+        time.sleep(0.1)
+        assert torch.equal(images, before)
+        places.append(images.data_ptr())
+    assert len(places) == 11 and len(set(places)) <= 3 * workers
 
 
 def test_a_place_within_an_epoch_is_refused_with_other_settings(unique):

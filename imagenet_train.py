@@ -648,14 +648,14 @@ def decode_all(samples: Iterable[dict], reader: Reader, epoch: int) -> Iterator[
 class Collate:
     """Samples → [images uint8 [B, S, S, 3], labels int64 [B], what is wrong with those left out: list of str].
 
-    In a loader process the images lie in one of three buffers that it shares with the main one and uses in turn: fresh
-    memory for each batch would cost more than resizing it. DataLoader lets a process make two batches ahead, so one that
-    it has handed out stays as it is until it is asked for the next one of the same process.
+    In a loader process the images lie in one of four buffers that it shares with the main one and uses in turn: fresh
+    memory for each batch would cost as much as resizing it. DataLoader lets a process make two batches ahead, so the
+    last two that it has handed out stay as they are.
     """
 
     def __init__(self, reader: Reader) -> None:
         shape = reader.batch, reader.size, reader.size, 3
-        count = 3 if get_worker_info() else 0
+        count = 4 if get_worker_info() else 0
         self.buffers = itertools.cycle([torch.empty(shape, dtype=torch.uint8).share_memory_() for _ in range(count)])
 
     def __call__(self, samples: list) -> list:
@@ -734,7 +734,7 @@ def end_with_parent(worker: int) -> None:
 class Loader:
     """One rank's batches, epoch after epoch: [images uint8 [B, S, S, 3], labels int64 [B], −1 for padding].
 
-    The images' memory is used again a few batches later: clone what is to be kept.
+    The memory of images is used again: a batch and the one before stay as they are, clone what is to be kept longer.
 
     It owns its epoch and its place in it, because Lightning calls iter() before it knows the epoch. Lightning puts
     state_dict() into each checkpoint; only rank 0's is kept, so nothing in it may differ between ranks.

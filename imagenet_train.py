@@ -1015,7 +1015,8 @@ class StopTogether(pl.Callback):
     """SIGTERM, by which a cluster takes a machine back, ends the run on all ranks after the same step, whoever got it.
 
     Takes the place of Lightning's handler, which broadcasts from where the signal happens to find it: with several
-    ranks their collectives no longer match, and they wait for each other until they are killed, unsaved.
+    ranks their collectives no longer match, and they wait for each other until they are killed, unsaved. And of its
+    broadcast before each step, for whose answer each step would wait until the device has made the one before.
     """
 
     def __init__(self) -> None:
@@ -1024,6 +1025,7 @@ class StopTogether(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self.note)  # Lightning puts back at the end what was there at the beginning
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if trainer.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo")  # of the CPUs: no step waits for a GPU
 
@@ -1034,7 +1036,7 @@ class StopTogether(pl.Callback):
         """SIGTERMException, on all ranks at once, if one was asked to. They compare a step late: so nobody waits."""
         asked = self.asked
         if self.group:
-            before, ours, operation = self.sent, torch.tensor(asked), torch.distributed.ReduceOp.MAX
+            before, ours, operation = self.sent, torch.tensor(asked, dtype=torch.uint8), torch.distributed.ReduceOp.MAX
             self.sent = ours, torch.distributed.all_reduce(ours, operation, self.group, async_op=True)
             if before is None:
                 return
@@ -1326,7 +1328,7 @@ def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
     def fit(one_batch: bool) -> tuple[float, pl.Trainer]:
         watch, bar = Stopwatch(skip), ProgressBar(args.log_every)
         trainer = make_trainer(
-            args, callbacks=[watch, bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
+            args, callbacks=[watch, StopTogether(), bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
             max_epochs=1, max_steps=skip + count,
         )
         make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader

@@ -4,19 +4,35 @@
 
 DIR/rank-R.jsonl gets a line [epoch, step, "train" or "val", labels] a batch. With a tree of one image a class a label
 names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step. WORKERS: the number of loader
-processes; of several, a run each, one after the other, with the diary in DIR/workers-N.
+processes; of several, a run each, one after the other, with the diary in DIR/workers-N. READS=1: DIR/reads-R.txt gets
+a line a training step, the number of times that anything was read off the device before it.
 """
 
 import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import imagenet_train  # noqa: E402
+
+
+class Reads(TorchDispatchMode):
+    """Counts when a number is read off a tensor, for which one waits for the device. On a CPU too, but for uint8: that
+    is the flag that ranks exchange between CPUs.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        Reads.count += func is torch.ops.aten._local_scalar_dense.default and args[0].dtype != torch.uint8
+        return func(*args, **(kwargs or {}))
 
 
 class Diary(pl.Callback):
@@ -30,6 +46,9 @@ class Diary(pl.Callback):
         if trainer.global_step == int(os.environ.get("DIE_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
         self.write(trainer, "train", batch)
+        if "READS" in os.environ:
+            with open(folder / f"reads-{trainer.global_rank}.txt", "a") as file:
+                print(Reads.count, file=file)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, module, batch: list, batch_idx: int, loader: int = 0) -> None:
         self.write(trainer, "val", batch)
@@ -50,5 +69,7 @@ if __name__ == "__main__":
     for workers in numbers:
         several = [f"--output={folder}/out-{workers}"] if len(numbers) > 1 else []
         folder = Path(os.environ["RECORD"]) / (f"workers-{workers}" if several else "")
-        if status := imagenet_train.main([*sys.argv[1:], f"--workers={workers}", *several]):
+        with Reads() if "READS" in os.environ else nullcontext():
+            status = imagenet_train.main([*sys.argv[1:], f"--workers={workers}", *several])
+        if status:
             sys.exit(status)

@@ -707,11 +707,18 @@ def kth_of(text: str) -> Part:
     raise argparse.ArgumentTypeError(f"{text!r} is not K/N, say 2/8 for the second of eight parts")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that tell something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description="Convert the ImageNet tree into WebDataset shards and an index.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -723,13 +730,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "file's name; with --verify also a URL, or pipe:COMMAND that prints a file")
     add("--splits", default="train,val", help="what to convert: train, val or both with a comma")
     add("--seed", type=int, default=0, help="of the one shuffle over each split")
-    add("--maxsize", metavar="BYTES", type=positive, default=1e9, help="a shard is closed when it holds as many")
+    add("--maxsize", metavar="BYTES", type=positive, default="1e9", help="a shard is closed when it holds as many")
     add("--maxcount", metavar="N", type=positive, default=100000, help="… or as many samples")
     add("--workers", metavar="N", type=positive, default=cores, help="processes, each writing whole shards")
     add("--resize", metavar="PX", type=positive, default=None,
         help="shrink images to a shorter side of PX and encode them again; the same images in the same shards")
     add("--quality", metavar="Q", type=int, default=90, help="of the JPEGs that --resize makes")
-    add("--part", metavar="K/N", type=kth_of, default=Part(1, 1),
+    add("--part", metavar="K/N", type=kth_of, default="1/1",
         help="write every N-th shard only, from the K-th; the part that ends last writes the index")
     add("--index-only", action="store_true", help="write no shards, only the index of those that all parts wrote")
     add("--record", metavar="DIR", type=Path, default=None,

@@ -1100,10 +1100,17 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that tell something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a torchvision model on ImageNet from WebDataset shards.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     count, pixels, real = number(int, 1), number(int, 16, 4096), number(float, 0)

@@ -925,7 +925,9 @@ class Classifier(pl.LightningModule):
         if batch_idx != (loader.done - 1) % len(loader):
             raise RuntimeError(f"Lightning is at batch {batch_idx}, the loader at {loader.done}: batches would be lost")
         # Dropout too is a function of (seed, step, rank): a resumed run draws what it would have drawn.
-        torch.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
+        # Not torch.manual_seed: without a GPU it writes down the whole stack, each time, for when one comes.
+        generator = torch.cuda if self.device.type == "cuda" else torch.default_generator
+        generator.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams.label_smoothing)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self._log(loss, len(labels) * self.trainer.world_size)

@@ -593,7 +593,7 @@ def end_below(data: bytes, bottom: int) -> io.BytesIO:
     return stream
 
 
-def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
+def scale(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 [H, W, 3] → uint8 [size, size, 3], within 2 levels of Pillow's bilinear filter, in half of its time."""
     # Torch resizes bytes without repacking them, and keeps them so, if the strides, the batch's too, say channels_last.
     batch = pixels[None].permute(0, 3, 1, 2)
@@ -628,7 +628,7 @@ def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
         pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
         if reader.training:
-            pixels = resize(pixels, size)
+            pixels = scale(pixels, size)
             pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
         return pixels, label
     except Exception as error:  # Pillow raises many kinds on bad bytes

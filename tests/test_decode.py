@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from imagenet_train import Index, Reader, TrainError, center_crop, decode, end_below, random_crop, resize
+from imagenet_train import Index, Reader, TrainError, center_crop, decode, end_below, random_crop, scale
 
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 
@@ -114,9 +114,9 @@ def test_a_cut_jpeg_is_decoded_whole(end):
     assert end_below(data, 5).read() == data
 
 
-def test_a_resized_crop_is_contiguous():
+def test_a_scaled_crop_is_contiguous():
     """If torch did not see that it is channels_last, to resize and to stack it would take twice the time."""
-    assert resize(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
+    assert scale(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
 
 
 ODD = {

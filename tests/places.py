@@ -6,6 +6,7 @@
     with two_hosts() as (one, other): …             [*one.command, "curl", …] runs on a host of its own
 """
 
+import errno
 import itertools
 import os
 import random
@@ -100,7 +101,8 @@ def nginx(folder: Path, log: Path | None = None, host: "Host | None" = None, mor
         conf = Path(state, "nginx.conf")
         conf.write_text(CONF.format(user=user, address=address, port=port, **fields))
         binary = shutil.which("nginx", path=f"{PATH}:/usr/sbin:/usr/local/sbin")  # sbin is not on every user's PATH
-        assert binary, "nginx is not installed; on Debian: apt install nginx-light"
+        if not binary:
+            raise FileNotFoundError(errno.ENOENT, "not installed", "nginx")
         command = [*(host.command if host else []), binary, "-p", state, "-c", conf, "-e", f"{state}/error.log"]
         pid = Path(state, "nginx.pid")  # written once it listens
         with serving(command, lambda: pid.exists() and pid.read_text().strip() != "", Path(state)):

@@ -125,6 +125,7 @@ def test_every_flag_that_the_readme_names_exists():
         subprocess.run([sys.executable, TOP / name, "--help"], capture_output=True, text=True).stdout
         for name in ("imagenet_shards.py", "imagenet_train.py")
     )
+    helps += "".join(path.read_text() for path in (TOP / "tests" / "benchmarks").glob("*.py"))
     others = {"--rm", "--build", "--dataset", "--data", "--help"}  # docker's, timm's …
     others |= {"--nnodes", "--nproc", "--rdzv", "--nodes", "--ntasks", "--gpus"}  # torchrun's, srun's
     for flag in set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", (TOP / "README.md").read_text())):

@@ -750,12 +750,16 @@ class Loader:
         """Exact, on every rank: Lightning skips validation in silence if fewer come."""
         return self.reader.steps
 
+    def crop(self) -> int:
+        """The side of this epoch's crops, pixels."""
+        r = self.reader
+        return crop_size(self.epoch, r.epochs, r.first_size or r.size, r.size)
+
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         epoch, done, r = self.epoch, self.done, self.reader
-        size = crop_size(epoch, r.epochs, r.first_size or r.size, r.size)
         batches = iter(
             DataLoader(
-                Epoch(replace(r, size=size), epoch, done, self.full),
+                Epoch(replace(r, size=self.crop()), epoch, done, self.full),
                 batch_size=None,  # they come as batches
                 num_workers=r.workers,
                 pin_memory=torch.cuda.is_available(),
@@ -1220,11 +1224,6 @@ def make_cache(folder: Path | None) -> Path | None:
         return None
 
 
-def available_cores() -> int:
-    """Of this machine, for this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def make_model(args: argparse.Namespace, index: Index, images: int) -> Classifier:
     """The model as the flags want it, for this index's classes and `images` images in validation."""
     recipe = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "seed", "compile")
@@ -1279,7 +1278,7 @@ class OneBatch(Loader):
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         super().__init__(reader)
-        size = crop_size(0, reader.epochs, reader.first_size or reader.size, reader.size)
+        size = self.crop()
         self.images = torch.randint(0, 256, (reader.batch, size, size, 3), dtype=torch.uint8, device=device)
         self.labels = torch.randint(0, len(reader.index.classes), (reader.batch,), device=device)
 
@@ -1289,22 +1288,24 @@ class OneBatch(Loader):
             yield [self.images, self.labels]
 
 
+def device_clock() -> float:
+    """Seconds, once the device has done its work: it is behind."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Stopwatch(pl.Callback):
     """The seconds that all steps after the first `skip` take, the device's part included."""
 
     def __init__(self, skip: int) -> None:
         self.skip = skip
 
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # it works behind; its clock stops when all is done
-        return time.perf_counter()
-
     def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
         if trainer.global_step == self.skip:
-            self.begun = self._now()
+            self.begun = device_clock()
         if trainer.global_step == trainer.max_steps:
-            self.seconds = self._now() - self.begun
+            self.seconds = device_clock() - self.begun
 
 
 def verdict(load: float, step: float, workers: int, cores: int, device: str) -> str:
@@ -1318,6 +1319,20 @@ def verdict(load: float, step: float, workers: int, cores: int, device: str) -> 
         f"input-bound: {device} takes {step:,.0f}, for which it needs {need} workers a rank on as many cores, not {cores}: "
         "smaller images (imagenet_shards.py --resize, --train-size) need fewer"
     )
+
+
+def timed_fit(
+    args: argparse.Namespace, reader: Reader, skip: int, count: int, one_batch: bool
+) -> tuple[float, pl.Trainer]:
+    """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
+    watch, bar = Stopwatch(skip), ProgressBar(args.log_every)
+    trainer = make_trainer(
+        args, callbacks=[watch, StopTogether(), bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
+        max_epochs=1, max_steps=skip + count,
+    )
+    make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader
+    trainer.fit(make_model(args, reader.index, 0), datamodule=ImageNetData(reader, reader, make))
+    return watch.seconds, trainer
 
 
 def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
@@ -1334,17 +1349,8 @@ def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
         )
     images = count * reader.batch * reader.world
 
-    def fit(one_batch: bool) -> tuple[float, pl.Trainer]:
-        watch, bar = Stopwatch(skip), ProgressBar(args.log_every)
-        trainer = make_trainer(
-            args, callbacks=[watch, StopTogether(), bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
-            max_epochs=1, max_steps=skip + count,
-        )
-        make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader
-        trainer.fit(make_model(args, reader.index, 0), datamodule=ImageNetData(reader, reader, make))
-        return images / watch.seconds, trainer
-
-    step, trainer = fit(one_batch=True)
+    seconds, trainer = timed_fit(args, reader, skip, count, one_batch=True)
+    step = images / seconds
     trainer.strategy.barrier()  # all ranks load at once, as in training
     batches = iter(Loader(replace(reader, rank=trainer.global_rank)))
     for _ in itertools.islice(batches, skip):
@@ -1354,7 +1360,7 @@ def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
         pass
     load = images / (time.perf_counter() - begun)
     batches.close()
-    both, _ = fit(one_batch=False)
+    both = images / timed_fit(args, reader, skip, count, one_batch=False)[0]
 
     device = trainer.strategy.root_device.type
     rank_zero_only(print)(

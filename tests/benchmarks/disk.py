@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 
 from loading import prepare  # noqa: E402
+from sharding import drop_from_cache  # noqa: E402
 
 import imagenet_train  # noqa: E402
 
@@ -54,11 +55,7 @@ def read(work: Path, how: str) -> dict[str, float]:
 
 def forget(work: Path) -> None:
     """Empty the page cache of these files."""
-    os.sync()
-    for path in work.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_from_cache([path for path in work.rglob("*") if path.is_file()])
 
 
 @contextlib.contextmanager

@@ -17,8 +17,6 @@ import io
 import statistics
 import sys
 import tempfile
-import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +33,6 @@ SKIP, STEPS = 10, 40
 WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 
-def wait_for_device() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def bare(args: argparse.Namespace, reader: script.Reader) -> float:
     """Seconds of STEPS steps."""
     trainer = trainer_of(args, [])
@@ -50,29 +42,25 @@ def bare(args: argparse.Namespace, reader: script.Reader) -> float:
     batch = next(iter(script.OneBatch(reader, device)))
     for step in range(SKIP + STEPS):
         if step == SKIP:
-            begun = wait_for_device()
+            begun = script.device_clock()
         with torch.autocast(device.type, dtype, enabled="bf16" in str(trainer.precision)):
             loss = F.cross_entropy(model(batch[0]), batch[1], label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return wait_for_device() - begun
+    return script.device_clock() - begun
 
 
-def trainer_of(args: argparse.Namespace, callbacks: list[pl.Callback], **more) -> pl.Trainer:
+def trainer_of(args: argparse.Namespace, callbacks: list[pl.Callback]) -> pl.Trainer:
     return script.make_trainer(
-        args, callbacks=callbacks, logger=more.pop("logger", False), enable_checkpointing=False, limit_val_batches=0,
-        max_epochs=-1, max_steps=SKIP + STEPS, enable_progress_bar=False, **more,
+        args, callbacks=callbacks, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        max_epochs=-1, max_steps=SKIP + STEPS, enable_progress_bar=False,
     )
 
 
 def trained(args: argparse.Namespace, reader: script.Reader, one_batch: bool) -> float:
     """Seconds of STEPS steps."""
-    watch = script.Stopwatch(SKIP)
-    trainer = trainer_of(args, [watch, script.StopTogether()])
-    make = partial(script.OneBatch, device=trainer.strategy.root_device) if one_batch else script.Loader
-    trainer.fit(script.make_model(args, reader.index, 0), datamodule=script.ImageNetData(reader, reader, make))
-    return watch.seconds
+    return script.timed_fit(args, reader, SKIP, STEPS, one_batch)[0]
 
 
 def trace(args: argparse.Namespace, reader: script.Reader, path: Path) -> None:
@@ -109,7 +97,7 @@ def main() -> None:
         if reader.steps < SKIP + STEPS:
             raise SystemExit(f"step.py: an epoch has {reader.steps} batches, needs {SKIP + STEPS}; smaller --batch-size?")
         if own.trace:
-            return trace(args, replace(reader, world=1), own.trace)
+            return trace(args, reader, own.trace)
         ways = {"bare": bare, "script": partial(trained, one_batch=True), "shards": partial(trained, one_batch=False)}
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(own.rounds):

@@ -65,7 +65,7 @@ class TrainError(Exception):
     """What the user can mend, in one line: what was named, what is there, what to do."""
 
 
-class Gone(TrainError):
+class PermanentError(TrainError):
     """Trying again is no use."""
 
 
@@ -88,7 +88,7 @@ def locate(prefix: str, name: str) -> str:
         # -f: a 404 is an error, not a page. Not --retry: inside a pipe it repeats bytes that were delivered.
         return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(place)}"
     if not command and re.match(r"[a-z][a-z0-9+.-]*://", place):
-        raise Gone(f"{prefix}: can't read this kind of URL; name a command, say pipe:gsutil cat gs://bucket/%s")
+        raise PermanentError(f"{prefix}: can't read this kind of URL; name a command, say pipe:gsutil cat gs://bucket/%s")
     return place
 
 
@@ -171,7 +171,7 @@ class Source:
 
 
 # What curl, gsutil, aws, sh, the kernel and web servers' pages say when the file is not there, or not for us.
-FINAL = re.compile(
+PERMANENT = re.compile(
     r"exit status 12[67]\b|error( code)?: 40[134]\b|40[134] (Not Found|Forbidden|Unauthorized)|No such file"
     r"|Exception: 40[134] |\(40[134]\)|Not a directory|Is a directory|Permission denied|No URLs matched|NoSuchKey"
     r"|NoSuchBucket|AccessDenied|Unable to locate credentials|not found",
@@ -180,11 +180,11 @@ FINAL = re.compile(
 
 
 def failure(text: str, trouble: str) -> TrainError:
-    """The error that says `text`: a Gone if its cause, `trouble`, is one that won't pass."""
-    return Gone(text) if FINAL.search(trouble) else TrainError(text)
+    """The error that says `text`: a PermanentError if its cause, `trouble`, is one that won't pass."""
+    return PermanentError(text) if PERMANENT.search(trouble) else TrainError(text)
 
 
-def persist(read: Callable[[], Iterator], retries: int) -> Iterator:
+def retry(read: Callable[[], Iterator], retries: int) -> Iterator:
     """All that read() yields; after a TrainError it is called again, to go on where it was.
 
     Up to `retries` times without an item between, after 1, 2, 4 … s, at most 60, each times 0.5 to 1 at random, so
@@ -199,7 +199,7 @@ def persist(read: Callable[[], Iterator], retries: int) -> Iterator:
             return
         except TrainError as error:
             failures += 1
-            if isinstance(error, Gone) or failures > retries:
+            if isinstance(error, PermanentError) or failures > retries:
                 raise
             pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
             print(f"imagenet_train.py: {error}; try {failures} of {retries} in {pause:.1f} s", file=sys.stderr, flush=True)
@@ -231,7 +231,7 @@ def read_text(prefix: str, name: str, timeout: float) -> Iterator[bytes]:
     try:
         source = Source(locate(prefix, name), timeout, limit=64 << 20)
     except OSError as error:
-        raise Gone(f"{locate(prefix, name)}: {error.strerror}; make it with imagenet_shards.py") from None
+        raise PermanentError(f"{locate(prefix, name)}: {error.strerror}; make it with imagenet_shards.py") from None
     try:
         data = source.read(64 << 20)
         trouble = source.trouble()
@@ -247,7 +247,7 @@ def read_text(prefix: str, name: str, timeout: float) -> Iterator[bytes]:
 def read_index(prefix: str, split: str, retries: int = 0, timeout: float = 60) -> Index:
     """Read and check imagenet-SPLIT.json; TrainError if it is not there, cut, or not an index."""
     name = f"imagenet-{split}.json"
-    data = next(persist(partial(read_text, prefix, name, timeout), retries))
+    data = next(retry(partial(read_text, prefix, name, timeout), retries))
     place, advice = locate(prefix, name), f"--shards={prefix} must lead to what imagenet_shards.py wrote"
     try:
         found = json.loads(data)
@@ -347,7 +347,7 @@ LARGEST = 64 << 20  # bytes of a member; ImageNet's largest image has a quarter 
 
 
 @dataclass(frozen=True)
-class Reader:
+class LoaderConfig:
     """All that decides which batches one rank gets, and how."""
 
     index: Index
@@ -465,17 +465,17 @@ def tar_samples(read: Callable[[int], bytes]) -> Iterator[dict]:
         raise ValueError(f"sample {sample['__key__']!r} lacks a member")
 
 
-def read_once(reader: Reader, piece: Piece, full: Event, delivered: list[str]) -> Iterator[dict]:
+def read_once(config: LoaderConfig, piece: Piece, full: Event, delivered: list[str]) -> Iterator[dict]:
     """The samples of one piece but those already delivered, whose keys these are; it adds those that it delivers.
 
     TrainError, at the latest after the last sample, if the shard is not what the index says.
     """
-    name, count, size, checksum = (column[piece.shard] for column in reader.index[2:6])
-    place, copy = locate(reader.index.prefix, name), None
-    cached = reader.cache and place.startswith("pipe:") and reader.cache / f"{checksum[:16]}-{name}"
+    name, count, size, checksum = (column[piece.shard] for column in config.index[2:6])
+    place, copy = locate(config.index.prefix, name), None
+    cached = config.cache and place.startswith("pipe:") and config.cache / f"{checksum[:16]}-{name}"
     hit = cached and cached.is_file() and cached.stat().st_size == size
     try:
-        source = Source(str(cached) if hit else place, reader.timeout, limit=size)
+        source = Source(str(cached) if hit else place, config.timeout, limit=size)
     except OSError as error:
         raise failure(f"{name}: {place}: {error.strerror}; is the folder whole?", error.strerror) from None
     found, trouble, damaged = 0, "", False
@@ -491,7 +491,7 @@ def read_once(reader: Reader, piece: Piece, full: Event, delivered: list[str]) -
                 keys.add(key)
                 found += 1
                 if 0 <= place_in_piece < len(delivered) and key != delivered[place_in_piece]:
-                    raise Gone(f"{name}: sample {found} is {key!r} now, was {delivered[place_in_piece]!r} at an earlier try")
+                    raise PermanentError(f"{name}: sample {found} is {key!r} now, was {delivered[place_in_piece]!r} at an earlier try")
                 if len(delivered) <= place_in_piece and found <= piece.stop:
                     delivered.append(key)
                     yield sample | {"__shard__": name}
@@ -518,23 +518,23 @@ def read_once(reader: Reader, piece: Piece, full: Event, delivered: list[str]) -
             cached.unlink(missing_ok=True)
             raise TrainError(f"{text}, which is removed now")
         if damaged and source.process is None:
-            raise Gone(f"{text}; make the shard again")
+            raise PermanentError(f"{text}; make the shard again")
         raise failure(text, trouble)
 
 
-def read_pieces(pieces: Iterable[Piece], reader: Reader, full: Event) -> Iterator[dict]:
+def read_pieces(pieces: Iterable[Piece], config: LoaderConfig, full: Event) -> Iterator[dict]:
     """The samples of all pieces, undecoded, in order; after a failure it goes on with the next one not delivered."""
     for piece in pieces:
-        yield from persist(partial(read_once, reader, piece, full, []), reader.retries)
+        yield from retry(partial(read_once, config, piece, full, []), config.retries)
 
 
-def read_files(pieces: Iterable[Piece], reader: Reader) -> Iterator[dict]:
+def read_files(pieces: Iterable[Piece], config: LoaderConfig) -> Iterator[dict]:
     """As read_pieces, from the files of a tree. TrainError names one that can't be read."""
-    labels = {wnid: str(label).encode() for label, wnid in enumerate(reader.index.classes)}
+    labels = {wnid: str(label).encode() for label, wnid in enumerate(config.index.classes)}
     for piece in pieces:
-        name = reader.index.names[piece.shard]
+        name = config.index.names[piece.shard]
         try:
-            data = Path(reader.index.prefix, name).read_bytes()
+            data = Path(config.index.prefix, name).read_bytes()
         except OSError as error:
             raise TrainError(f"{error.filename}: {error.strerror}; is the folder whole?") from None
         yield {"__key__": Path(name).stem, "cls": labels[Path(name).parts[0]], "jpg": data, "__shard__": name}
@@ -545,7 +545,7 @@ def read_files(pieces: Iterable[Piece], reader: Reader) -> Iterator[dict]:
 # a permuted view it is the channels_last tensor that GPUs prefer.
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in [0, 1]; torchvision's constants
-PADDING = -1  # the label of a row that only fills up a validation batch
+IGNORE_INDEX = -1  # the label of a row that only fills up a validation batch
 
 
 def random_crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
@@ -600,34 +600,34 @@ def scale(pixels: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]:
+def decode(sample: dict, config: LoaderConfig, epoch: int) -> tuple[torch.Tensor, int]:
     """One sample → (uint8 [size, size, 3], label). TrainError names the shard and the key of what can't be decoded.
 
     The crop and the flip are drawn from (seed, epoch, key), so it does not matter who decodes the image, or when.
     """
-    size = reader.size
+    size = config.size
     try:
         label = int(sample["cls"])
-        if not 0 <= label < len(reader.index.classes):
-            raise ValueError(f"label {label}, but the index has {len(reader.index.classes)} classes")
+        if not 0 <= label < len(config.index.classes):
+            raise ValueError(f"label {label}, but the index has {len(config.index.classes)} classes")
         # The member's name may lie: n02105855_2933.JPEG is a PNG. This reads only the header.
         open_image, data = partial(Image.open, formats=["JPEG", "PNG"]), sample["jpg"]
         image = open_image(io.BytesIO(data))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow would only warn, up to twice as many
             raise ValueError(f"{image.width} × {image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
-        if reader.training:
-            rng = random.Random(f"{reader.seed}/{epoch}/{sample['__key__']}")
+        if config.training:
+            rng = random.Random(f"{config.seed}/{epoch}/{sample['__key__']}")
             box = random_crop(*image.size, rng)
             image = open_image(end_below(data, box[3]))
         if image.mode != "RGB":
             image = image.convert("RGB")  # greyscale and CMYK; an RGB image it would only copy
-        if reader.training:
+        if config.training:
             image = image.crop(box)
         else:
-            box = center_crop(*image.size, size, reader.resize)
+            box = center_crop(*image.size, size, config.resize)
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
         pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
-        if reader.training:
+        if config.training:
             pixels = scale(pixels, size)
             pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
         return pixels, label
@@ -635,12 +635,12 @@ def decode(sample: dict, reader: Reader, epoch: int) -> tuple[torch.Tensor, int]
         raise TrainError(f"{sample['__shard__']}: {sample['__key__']}: {str(error) or type(error).__name__}") from None
 
 
-def decode_all(samples: Iterable[dict], reader: Reader, epoch: int) -> Iterator[tuple[torch.Tensor | None, int | str]]:
+def decode_all(samples: Iterable[dict], config: LoaderConfig, epoch: int) -> Iterator[tuple[torch.Tensor | None, int | str]]:
     """(image, label) of each sample; (None, why) of one that can't be decoded."""
     warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch's, of bytes; nobody writes to them
     for sample in samples:
         try:
-            yield decode(sample, reader, epoch)
+            yield decode(sample, config, epoch)
         except TrainError as error:
             yield None, str(error)
 
@@ -653,8 +653,8 @@ class Collate:
     last two that it has handed out stay as they are.
     """
 
-    def __init__(self, reader: Reader) -> None:
-        shape = reader.batch, reader.size, reader.size, 3
+    def __init__(self, config: LoaderConfig) -> None:
+        shape = config.batch, config.size, config.size, 3
         count = 4 if get_worker_info() else 0
         self.buffers = itertools.cycle([torch.empty(shape, dtype=torch.uint8).share_memory_() for _ in range(count)])
 
@@ -669,41 +669,41 @@ class Collate:
         return [images, torch.tensor(labels), bad]
 
 
-def pad(batches: Iterator[list], reader: Reader, count: int) -> Iterator[list]:
+def pad(batches: Iterator[list], config: LoaderConfig, count: int) -> Iterator[list]:
     """Exactly `count` batches; in validation full ones: the last is filled up, and ranks with fewer get empty ones."""
-    nothing = [torch.empty(0, reader.size, reader.size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), []]
+    nothing = [torch.empty(0, config.size, config.size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), []]
     for _ in range(count):
         images, labels, bad = next(batches, nothing)
-        if not reader.training and (missing := reader.batch - len(labels)):
+        if not config.training and (missing := config.batch - len(labels)):
             images = F.pad(images, (0, 0) * 3 + (0, missing))  # a copy, so only where it is needed
-            labels = F.pad(labels, (0, missing), value=PADDING)
+            labels = F.pad(labels, (0, missing), value=IGNORE_INDEX)
         yield [images, labels, bad]
 
 
-class Epoch(IterableDataset):
+class EpochDataset(IterableDataset):
     """One rank's batches of one epoch, after the first `done`. In each loader process it makes that worker's share."""
 
-    def __init__(self, reader: Reader, epoch: int, done: int, full: Event) -> None:
-        self.reader, self.epoch, self.done, self.full = reader, epoch, done, full
+    def __init__(self, config: LoaderConfig, epoch: int, done: int, full: Event) -> None:
+        self.config, self.epoch, self.done, self.full = config, epoch, done, full
 
     def __iter__(self) -> Iterator[list[torch.Tensor] | TrainError]:
-        r, info = self.reader, get_worker_info()
-        workers = max(1, r.workers)
+        config, info = self.config, get_worker_info()
+        workers = max(1, config.workers)
         # The loader takes batches from its processes in turn and begins with process 0: after `done` batches that one
         # stands in for the worker whose turn it is.
         worker = ((info.id if info else 0) + self.done) % workers
         made = len(range(worker, self.done, workers))  # this worker's batches among the first `done`
-        count = len(batches_of(r.steps, worker, workers)) - made
-        pieces = pieces_of(r.index.counts, r.training, r.seed, self.epoch, r.rank, r.world, worker, workers, r.batch)
-        read = partial(read_files, reader=r) if r.index.tree else partial(read_pieces, reader=r, full=self.full)
+        count = len(batches_of(config.steps, worker, workers)) - made
+        pieces = pieces_of(config.index.counts, config.training, config.seed, self.epoch, config.rank, config.world, worker, workers, config.batch)
+        read = partial(read_files, config=config) if config.index.tree else partial(read_pieces, config=config, full=self.full)
         batches = wds.DataPipeline(
             lambda: iter(pieces),
             read,  #                                              → samples, undecoded but verified
-            wds.shuffle(r.shuffle, initial=r.shuffle // 4, seed=f"{r.seed}/{self.epoch}/{r.rank}/{worker}"),
-            wds.slice(made * r.batch, None),  #                   → those that a resumed run has not used yet
-            partial(decode_all, reader=r, epoch=self.epoch),  #   → (uint8 [S, S, 3], label)
-            wds.batched(r.batch, collation_fn=Collate(r)),  #     → [uint8 [B, S, S, 3], int64 [B], names of bad ones]
-            partial(pad, reader=r, count=count),
+            wds.shuffle(config.shuffle, initial=config.shuffle // 4, seed=f"{config.seed}/{self.epoch}/{config.rank}/{worker}"),
+            wds.slice(made * config.batch, None),  #                   → those that a resumed run has not used yet
+            partial(decode_all, config=config, epoch=self.epoch),  #   → (uint8 [S, S, 3], label)
+            wds.batched(config.batch, collation_fn=Collate(config)),  #     → [uint8 [B, S, S, 3], int64 [B], names of bad ones]
+            partial(pad, config=config, count=count),
         )
         try:
             yield from batches
@@ -740,28 +740,28 @@ class Loader:
     state_dict() into each checkpoint; only rank 0's is kept, so nothing in it may differ between ranks.
     """
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader, self.epoch, self.done = reader, 0, 0
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config, self.epoch, self.done = config, 0, 0
         self.full = multiprocessing.Event()  # of all workers: the cache's disk takes no more
         self.bad = 0  # images of this epoch that could not be decoded, on this rank
         self.waited = 0.0  # seconds, in all, that the training loop stood still for want of a batch
 
     def __len__(self) -> int:
         """Exact, on every rank: Lightning skips validation in silence if fewer come."""
-        return self.reader.steps
+        return self.config.steps
 
     def crop(self) -> int:
         """The side of this epoch's crops, pixels."""
-        r = self.reader
-        return crop_size(self.epoch, r.epochs, r.first_size or r.size, r.size)
+        config = self.config
+        return crop_size(self.epoch, config.epochs, config.first_size or config.size, config.size)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        epoch, done, r = self.epoch, self.done, self.reader
+        epoch, done, config = self.epoch, self.done, self.config
         batches = iter(
             DataLoader(
-                Epoch(replace(r, size=self.crop()), epoch, done, self.full),
+                EpochDataset(replace(config, size=self.crop()), epoch, done, self.full),
                 batch_size=None,  # they come as batches
-                num_workers=r.workers,
+                num_workers=config.workers,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=end_with_parent,
             )
@@ -785,8 +785,8 @@ class Loader:
             for why in bad:
                 print(f"imagenet_train.py: left out {why}", file=sys.stderr, flush=True)
             self.bad += len(bad)
-            if self.bad > r.max_bad:
-                raise TrainError(f"{self.bad} undecodable images in an epoch, {r.max_bad} allowed; last {bad[-1]}")
+            if self.bad > config.max_bad:
+                raise TrainError(f"{self.bad} undecodable images in an epoch, {config.max_bad} allowed; last {bad[-1]}")
             done += 1
             self.epoch, self.done = (epoch, done) if done < len(self) else (epoch + 1, 0)
             yield batch
@@ -794,7 +794,7 @@ class Loader:
     def _plan(self) -> dict[str, int]:
         """What must not change in the middle of an epoch."""
         names = ("batch", "shuffle", "seed", "world", "workers")
-        return {name: getattr(self.reader, name) for name in names} | {"images": self.reader.index.total}
+        return {name: getattr(self.config, name) for name in names} | {"images": self.config.index.total}
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "done": self.done} | self._plan()
@@ -817,14 +817,14 @@ class ImageNetData(pl.LightningDataModule):
     epoch, and a run that resumed at an epoch's end would start over with the first epoch's batches.
     """
 
-    def __init__(self, train: Reader, val: Reader, make: Callable[[Reader], Loader] = Loader) -> None:
+    def __init__(self, train: LoaderConfig, val: LoaderConfig, make: Callable[[LoaderConfig], Loader] = Loader) -> None:
         super().__init__()
         self.train, self.val, self.make = train, val, make
         self.place: dict | None = None
 
-    def ranked(self, reader: Reader) -> Reader:
+    def ranked(self, config: LoaderConfig) -> LoaderConfig:
         """For this rank."""
-        return replace(reader, rank=self.trainer.global_rank, world=self.trainer.world_size)
+        return replace(config, rank=self.trainer.global_rank, world=self.trainer.world_size)
 
     def train_dataloader(self) -> Loader:
         self.loader = self.make(self.ranked(self.train))
@@ -888,7 +888,7 @@ class Classifier(pl.LightningModule):
             self.model.compile()
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
-        top = {f"val_top{k}": MulticlassAccuracy(classes, min(k, classes), "micro", ignore_index=PADDING) for k in (1, 5)}
+        top = {f"val_top{k}": MulticlassAccuracy(classes, min(k, classes), "micro", ignore_index=IGNORE_INDEX) for k in (1, 5)}
         self.accuracy = MetricCollection(top)
         self.loss, self.seen = MeanMetric(), SumMetric()
         self.window = (0, 0.0, 0.0)  # step, seconds waited, clock: where the last window of the log ended
@@ -961,11 +961,11 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         images, labels = batch
-        real = (labels != PADDING).sum()
+        real = (labels != IGNORE_INDEX).sum()
         logits = self(images).float()
         self.seen.update(real)
         self.accuracy.update(logits, labels)
-        loss = F.cross_entropy(logits, labels, ignore_index=PADDING, reduction="sum")
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         self.loss.update(loss / real.clamp(min=1), weight=real)
 
     def on_validation_epoch_end(self) -> None:
@@ -987,7 +987,7 @@ class LastCheckpoint(pl.Callback):
     """Writes last.ckpt at every moment that a run may have to go on from, and so that none of its epochs is left out.
 
     Not Lightning's ModelCheckpoint: that saves a run which --max-steps ends within an epoch as if the epoch were over,
-    and one that is killed in validation goes on without it. After SIGTERM, StopTogether raises
+    and one that is killed in validation goes on without it. After SIGTERM, SigtermHandler raises
     SIGTERMException at the end of a step.
     """
 
@@ -1017,7 +1017,7 @@ class LastCheckpoint(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-class StopTogether(pl.Callback):
+class SigtermHandler(pl.Callback):
     """SIGTERM, by which a cluster takes a machine back, ends the run on all ranks after the same step, whoever got it.
 
     Takes the place of Lightning's handler, which broadcasts from where the signal happens to find it: with several
@@ -1073,9 +1073,9 @@ class ProgressBar(TQDMProgressBar):
 # ---------------------------------------------------------------- preview
 
 
-def preview(reader: Reader, path: Path) -> None:
+def preview(config: LoaderConfig, path: Path) -> None:
     """Draw the first training batch, at most 64 images, as they go to the device, with label and wnid."""
-    images, labels = next(iter(Loader(reader)))
+    images, labels = next(iter(Loader(config)))
     labels, size = labels.tolist(), images.shape[1]
     columns = math.ceil(math.sqrt(len(images)))
     width, height = max(size, 90) + 4, size + 16
@@ -1084,7 +1084,7 @@ def preview(reader: Reader, path: Path) -> None:
     for place, (pixels, label) in enumerate(zip(images, labels)):
         left, top = place % columns * width, place // columns * height
         sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
-        draw.text((left + 2, top + size + 2), f"{label} {reader.index.classes[label]}", "black")
+        draw.text((left + 2, top + size + 2), f"{label} {config.index.classes[label]}", "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"{path}: {len(images)} images of the first training batch, {size} × {size} px")
@@ -1244,7 +1244,7 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
         pass  # TensorBoard is not installed
     callbacks = [
         LastCheckpoint(output / "last.ckpt", args.checkpoint_every),
-        StopTogether(),  # after that
+        SigtermHandler(),  # after that
         ModelCheckpoint(output, "best", monitor="val_top1", mode="max", enable_version_counter=False),
         LearningRateMonitor("step"),
         ProgressBar(args.log_every),
@@ -1276,11 +1276,11 @@ def image_bytes(index: Index) -> float:
 class OneBatch(Loader):
     """The same batch, on the device from the start, again and again: training as if loading cost nothing."""
 
-    def __init__(self, reader: Reader, device: torch.device) -> None:
-        super().__init__(reader)
+    def __init__(self, config: LoaderConfig, device: torch.device) -> None:
+        super().__init__(config)
         size = self.crop()
-        self.images = torch.randint(0, 256, (reader.batch, size, size, 3), dtype=torch.uint8, device=device)
-        self.labels = torch.randint(0, len(reader.index.classes), (reader.batch,), device=device)
+        self.images = torch.randint(0, 256, (config.batch, size, size, 3), dtype=torch.uint8, device=device)
+        self.labels = torch.randint(0, len(config.index.classes), (config.batch,), device=device)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         while self.done < len(self):
@@ -1322,37 +1322,37 @@ def verdict(load: float, step: float, workers: int, cores: int, device: str) -> 
 
 
 def timed_fit(
-    args: argparse.Namespace, reader: Reader, skip: int, count: int, one_batch: bool
+    args: argparse.Namespace, config: LoaderConfig, skip: int, count: int, one_batch: bool
 ) -> tuple[float, pl.Trainer]:
     """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
     watch, bar = Stopwatch(skip), ProgressBar(args.log_every)
     trainer = make_trainer(
-        args, callbacks=[watch, StopTogether(), bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
+        args, callbacks=[watch, SigtermHandler(), bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
         max_epochs=1, max_steps=skip + count,
     )
     make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader
-    trainer.fit(make_model(args, reader.index, 0), datamodule=ImageNetData(reader, reader, make))
+    trainer.fit(make_model(args, config.index, 0), datamodule=ImageNetData(config, config, make))
     return watch.seconds, trainer
 
 
-def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
+def benchmark(args: argparse.Namespace, config: LoaderConfig, cores: int) -> None:
     """Print images/s, of all ranks, of the loader alone, the training step alone and both; and what limits them.
 
     cores: of this machine, for each of its ranks.
     """
-    skip = 5 + 2 * reader.workers  # the workers make two batches ahead each, which must not count
-    count = min(args.benchmark, reader.steps - skip)
+    skip = 5 + 2 * config.workers  # the workers make two batches ahead each, which must not count
+    count = min(args.benchmark, config.steps - skip)
     if count < 1:
         raise TrainError(
-            f"--benchmark: an epoch has {reader.steps} batches, too few for {skip} to warm up and one to measure; "
+            f"--benchmark: an epoch has {config.steps} batches, too few for {skip} to warm up and one to measure; "
             "give a smaller --batch-size or fewer --workers"
         )
-    images = count * reader.batch * reader.world
+    images = count * config.batch * config.world
 
-    seconds, trainer = timed_fit(args, reader, skip, count, one_batch=True)
+    seconds, trainer = timed_fit(args, config, skip, count, one_batch=True)
     step = images / seconds
     trainer.strategy.barrier()  # all ranks load at once, as in training
-    batches = iter(Loader(replace(reader, rank=trainer.global_rank)))
+    batches = iter(Loader(replace(config, rank=trainer.global_rank)))
     for _ in itertools.islice(batches, skip):
         pass
     begun = time.perf_counter()
@@ -1360,14 +1360,14 @@ def benchmark(args: argparse.Namespace, reader: Reader, cores: int) -> None:
         pass
     load = images / (time.perf_counter() - begun)
     batches.close()
-    both = images / timed_fit(args, reader, skip, count, one_batch=False)[0]
+    both = images / timed_fit(args, config, skip, count, one_batch=False)[0]
 
     device = trainer.strategy.root_device.type
     rank_zero_only(print)(
-        f"loader alone   {load:9,.1f} images/s, {load * image_bytes(reader.index) / 1e6:,.1f} MB/s read\n"
+        f"loader alone   {load:9,.1f} images/s, {load * image_bytes(config.index) / 1e6:,.1f} MB/s read\n"
         f"step alone     {step:9,.1f} images/s, with a batch that is on {device} already\n"
         f"both together  {both:9,.1f} images/s, {both / min(load, step):.0%} of the slower one\n"
-        f"{verdict(load, step, reader.workers, cores, device)}"
+        f"{verdict(load, step, config.workers, cores, device)}"
     )
 
 
@@ -1386,7 +1386,7 @@ def run(args: argparse.Namespace) -> None:
 
     common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout,
                   cache=make_cache(args.cache))
-    train = Reader(
+    train = LoaderConfig(
         index, True, size=args.train_size, first_size=args.progressive or 0, epochs=args.max_epochs,
         shuffle=0 if index.tree else args.shuffle, max_bad=args.max_bad, **common,  # a tree's files come shuffled
     )
@@ -1398,7 +1398,7 @@ def run(args: argparse.Namespace) -> None:
     cores = max(1, cores // (world // trainer.num_nodes))  # for a rank
     workers = cores if args.workers is None else args.workers
     train = replace(train, workers=workers, world=world)
-    val = Reader(splits["val"], False, size=args.val_size, resize=args.val_resize, workers=workers, **common)
+    val = LoaderConfig(splits["val"], False, size=args.val_size, resize=args.val_resize, workers=workers, **common)
     if not train.steps:
         raise TrainError(
             f"--batch-size={args.batch_size} × {world} ranks: more than the {index.total} training images; "

@@ -180,7 +180,7 @@ def check(folder: Path, alone: Path) -> None:
                     assert (trained if kind == "train" else seen).setdefault(place, labels) == labels
         labels = list(itertools.chain(*trained.values()))
         assert len(trained) == 2 * STEPS and len(labels) == len(set(labels)) == 2 * STEPS * BATCH
-        labels = [label for batch in seen.values() for label in batch if label != script.PADDING]
+        labels = [label for batch in seen.values() for label in batch if label != script.IGNORE_INDEX]
         assert sorted(labels) == list(range(VAL_IMAGES))
     one, two = (torch.load(f / "out" / "last.ckpt", weights_only=True)["state_dict"] for f in (alone, folder))
     for name, tensor in one.items():

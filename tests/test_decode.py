@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from imagenet_train import Index, Reader, TrainError, center_crop, decode, end_below, random_crop, scale
+from imagenet_train import Index, LoaderConfig, TrainError, center_crop, decode, end_below, random_crop, scale
 
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 
@@ -30,7 +30,7 @@ def sample(data: bytes, label: bytes = b"3", key: str = "k") -> dict:
 
 def run(item: dict, size: int = 224, resize: int = 256, training: bool = False, seed: int = 0, epoch: int = 0):
     index = Index("", [f"n{label}" for label in range(10)], [], [], [], [])
-    return decode(item, Reader(index, training, 1, size, resize, seed=seed), epoch)
+    return decode(item, LoaderConfig(index, training, 1, size, resize, seed=seed), epoch)
 
 
 @pytest.mark.parametrize("width, height", SIZES)

@@ -103,7 +103,7 @@ def test_what_will_not_pass_is_not_waited_for(shards, server, how):
 def test_neither_are_commands_that_cannot_work(shards, monkeypatch, command):
     monkeypatch.setattr(script.time, "sleep", lambda seconds: seconds > 0.4 and pytest.fail("it waits"))
     index = script.read_index(str(shards), "train")._replace(prefix=f"pipe:{command}")
-    with pytest.raises(script.Gone, match=NAME):
+    with pytest.raises(script.PermanentError, match=NAME):
         list(read_piece(index, script.Piece(1, 0, 7), retries=5))
 
 
@@ -111,7 +111,7 @@ def test_a_server_that_changes_its_mind_is_an_error(shards, server):
     """Other samples than before, then the right ones: what was delivered can't be taken back, so it must not pass."""
     index = script.read_index(server.url, "train")
     server.faults[NAME] = [faults.other_bytes(lambda data: data[everywhere(shards)["between members"] :])]
-    with pytest.raises(script.Gone, match=f"{NAME}: sample 1 is .* now, was .* at an earlier try"):
+    with pytest.raises(script.PermanentError, match=f"{NAME}: sample 1 is .* now, was .* at an earlier try"):
         list(read_piece(index, script.Piece(1, 0, 7), retries=2))
 
 
@@ -155,7 +155,7 @@ def test_nothing_is_left_behind_over_a_hundred_epochs(unique):
     """Neither processes nor descriptors, though most pieces end before their shard does."""
     index = script.read_index(f"pipe:cat {unique}/%s", "train")
     for workers, epochs in ((0, 100), (2, 5)):
-        loader = script.Loader(script.Reader(index, True, 3, 32, world=5, rank=2, workers=workers))
+        loader = script.Loader(script.LoaderConfig(index, True, 3, 32, world=5, rank=2, workers=workers))
         list(loader)
         gc.collect()  # what earlier tests left
         descriptors, processes = len(os.listdir("/proc/self/fd")), children()
@@ -175,8 +175,8 @@ def children() -> int:
 
 
 def epoch_of(index: script.Index, cache: Path, workers: int = 2) -> set[int]:
-    loader = script.Loader(script.Reader(index, False, 5, 32, 36, workers=workers, cache=cache, retries=0))
-    return {label for _, labels in loader for label in labels.tolist()} - {script.PADDING}
+    loader = script.Loader(script.LoaderConfig(index, False, 5, 32, 36, workers=workers, cache=cache, retries=0))
+    return {label for _, labels in loader for label in labels.tolist()} - {script.IGNORE_INDEX}
 
 
 def test_a_shard_is_fetched_once(unique, tmp_path):
@@ -245,9 +245,9 @@ def test_a_full_or_read_only_cache_streams_on_with_one_warning(unique, tmp_path,
     small_disk(disk, *options)
     try:
         index = script.read_index(f"pipe:cat {unique}/", "val")
-        loader = script.Loader(script.Reader(index, False, 5, 32, 36, workers=3, cache=disk, retries=0))
+        loader = script.Loader(script.LoaderConfig(index, False, 5, 32, 36, workers=3, cache=disk, retries=0))
         for _ in range(2):
-            assert {x for _, labels in loader for x in labels.tolist()} - {script.PADDING} == set(range(47))
+            assert {x for _, labels in loader for x in labels.tolist()} - {script.IGNORE_INDEX} == set(range(47))
         assert capfd.readouterr().err.count("going on without") == 1
         assert not list(disk.glob("*.tmp-*"))
         assert all(path.stat().st_size == index.sizes[index.names.index(path.name.partition("-")[2])]
@@ -288,7 +288,7 @@ def blank(shards, tmp_path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_undecodable_images_are_left_out_counted_and_named(blank, workers, capsys):
     index = script.read_index(str(blank), "train")
-    loader = script.Loader(script.Reader(index, True, 4, 32, workers=workers, max_bad=3))
+    loader = script.Loader(script.LoaderConfig(index, True, 4, 32, workers=workers, max_bad=3))
     for _ in range(2):
         sizes = [len(labels) for images, labels in loader]
         assert len(sizes) == len(loader) == 15 and sum(sizes) == 57 and loader.bad == 3
@@ -296,7 +296,7 @@ def test_undecodable_images_are_left_out_counted_and_named(blank, workers, capsy
         keys = [expected_key(blank, name, place) for name, place in ((NAME, 1), (NAME, 3), ("imagenet-train-000004.tar", 5))]
         assert sorted(line.split(": ")[1:3] for line in error) == sorted([f"left out {n}", key] for n, key in keys)
     with pytest.raises(script.TrainError, match="3 undecodable images in an epoch, 2 allowed; last imagenet-train"):
-        list(script.Loader(script.Reader(index, True, 4, 32, workers=workers, max_bad=2)))
+        list(script.Loader(script.LoaderConfig(index, True, 4, 32, workers=workers, max_bad=2)))
 
 
 def expected_key(folder: Path, name: str, place: int) -> tuple[str, str]:
@@ -356,7 +356,7 @@ def test_a_decompression_bomb_is_refused():
     index = script.Index("", ["n0"], [], [], [], [])
     sample = {"__key__": "k", "__shard__": "s.tar", "cls": b"0", "jpg": buffer.getvalue()}
     with pytest.raises(script.TrainError, match=r"s\.tar: k: .*pixels"):
-        script.decode(sample, script.Reader(index, True, 1, 32), 0)
+        script.decode(sample, script.LoaderConfig(index, True, 1, 32), 0)
 
 
 def test_pickles_are_bytes_like_any_other(tmp_path):
@@ -366,7 +366,7 @@ def test_pickles_are_bytes_like_any_other(tmp_path):
     (sample,) = script.tar_samples(io.BytesIO(data).read)
     index = script.Index("", ["n0"], [], [], [], [])
     with pytest.raises(script.TrainError):
-        script.decode(sample | {"__shard__": "s"}, script.Reader(index, True, 1, 32), 0)
+        script.decode(sample | {"__shard__": "s"}, script.LoaderConfig(index, True, 1, 32), 0)
     assert not (tmp_path / "boom").exists()
 
 
@@ -453,7 +453,7 @@ def test_fuzz_images(data, training, label):
     index = script.Index("", ["n0", "n1"], [], [], [], [])
     sample = {"__key__": "k", "__shard__": "s.tar", "cls": label or b"1", "jpg": data}
     try:
-        pixels, number = script.decode(sample, script.Reader(index, training, 1, 32, 36), 0)
+        pixels, number = script.decode(sample, script.LoaderConfig(index, training, 1, 32, 36), 0)
         assert pixels.shape == (32, 32, 3) and number in (0, 1)
     except script.TrainError as error:
         assert str(error).startswith("s.tar: k: ")

@@ -9,7 +9,7 @@ import torch
 from test_train import BATCH, SMALL, record
 
 import imagenet_train as script
-from imagenet_train import Loader, Reader, crop_size, read_index, read_tree
+from imagenet_train import Loader, LoaderConfig, crop_size, read_index, read_tree
 
 
 def run(*flags: str) -> int:
@@ -25,7 +25,7 @@ def test_files_and_shards_give_the_same_images(tree, shards, split):
     """Each image decoded, cropped and flipped to the same pixels, with the same label."""
     images = []
     for index, read in ((read_index(str(shards), split), None), (read_tree(tree, split), script.read_files)):
-        reader = Reader(index, split == "train", BATCH, 32, 36, seed=3)
+        reader = LoaderConfig(index, split == "train", BATCH, 32, 36, seed=3)
         pieces = script.pieces_of(index.counts, reader.training, 3, 0, 0, 1, 0, 1, 1)
         samples = read(pieces, reader) if read else script.read_pieces(pieces, reader, full=None)
         decoded = {sample["__key__"]: script.decode(sample, reader, epoch=5) for sample in samples}
@@ -34,7 +34,7 @@ def test_files_and_shards_give_the_same_images(tree, shards, split):
 
 
 def test_an_epoch_of_files_is_each_once_in_another_order_every_time(tree):
-    reader = Reader(read_tree(tree, "train"), True, 6, 32, workers=2)
+    reader = LoaderConfig(read_tree(tree, "train"), True, 6, 32, workers=2)
     loader = Loader(reader)
     orders = [[label for _, labels in loader for label in labels.tolist()] for _ in range(2)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == sorted([*range(10)] * 6)
@@ -59,7 +59,7 @@ def test_trees_that_are_not(tree, tmp_path, capsys):
     index = read_tree(copy, "train")
     (copy / "train" / index.names[3]).unlink()
     with pytest.raises(script.TrainError, match=f"{index.names[3]}: No such file or directory"):
-        list(Loader(Reader(index, True, BATCH, 32)))
+        list(Loader(LoaderConfig(index, True, BATCH, 32)))
 
 
 def test_shards_and_files_at_once_are_refused(capsys):
@@ -80,7 +80,7 @@ def test_the_crop_grows_between_half_and_four_fifths():
 
 
 def test_batches_grow_with_the_epochs_and_validation_does_not(shards):
-    train = Reader(read_index(str(shards), "train"), True, 20, 128, first_size=32, epochs=5, workers=1)
+    train = LoaderConfig(read_index(str(shards), "train"), True, 20, 128, first_size=32, epochs=5, workers=1)
     loader = Loader(train)
     assert [{batch[0].shape[1] for batch in loader} for _ in range(5)] == [{32}, {32}, {32}, {64}, {128}]
     resumed = Loader(train)
@@ -143,7 +143,7 @@ def test_the_verdict(load, step, cores, expected):
 
 
 def test_one_batch_is_all_that_the_step_is_measured_with(shards):
-    reader = Reader(read_index(str(shards), "train"), True, BATCH, 32)
+    reader = LoaderConfig(read_index(str(shards), "train"), True, BATCH, 32)
     batches = list(script.OneBatch(reader, torch.device("cpu")))
     assert len(batches) == reader.steps and {id(images) for images, _ in batches} == {id(batches[0][0])}
     assert batches[0][0].shape == (BATCH, 32, 32, 3) and batches[0][0].dtype == torch.uint8

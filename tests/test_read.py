@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imagenet_train import Index, Piece, Reader, Source, TrainError, locate, read_index, read_pieces
+from imagenet_train import Index, Piece, LoaderConfig, Source, TrainError, locate, read_index, read_pieces
 
 NAME = "imagenet-train-000001.tar"
 
@@ -32,7 +32,7 @@ def server(shards):
 
 def read_piece(index: Index, piece: Piece, **how):
     """The samples of one piece, without retries unless `how` says otherwise."""
-    reader = Reader(index, True, 4, 32, **{"retries": 0, "timeout": 20} | how)
+    reader = LoaderConfig(index, True, 4, 32, **{"retries": 0, "timeout": 20} | how)
     return read_pieces([piece], reader, multiprocessing.Event())
 
 

@@ -80,7 +80,7 @@ def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ran
         seen = [diary(folder, rank, "val", epoch) for rank in range(ranks)]
         assert len({len(batches) for batches in seen}) == 1  # equal numbers: no rank waits for another
         labels = [label for batches in seen for batch in batches for label in batch]
-        assert sorted(label for label in labels if label != script.PADDING) == list(range(VAL_IMAGES))
+        assert sorted(label for label in labels if label != script.IGNORE_INDEX) == list(range(VAL_IMAGES))
     for workers in (0, 2, 3):
         assert orders[workers, 0, 0] != orders[workers, 1, 0]
 
@@ -88,7 +88,7 @@ def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ran
 def test_the_same_seed_repeats_and_another_does_not(unique):
     def epoch(seed: int, workers: int) -> list[list[int]]:
         index = script.read_index(str(unique), "train")
-        return [b[1].tolist() for b in script.Loader(script.Reader(index, True, BATCH, 32, 36, 9, seed, workers=workers))]
+        return [b[1].tolist() for b in script.Loader(script.LoaderConfig(index, True, BATCH, 32, 36, 9, seed, workers=workers))]
 
     assert epoch(0, 0) == epoch(0, 0) != epoch(1, 0)
     assert epoch(0, 2) == epoch(0, 2)
@@ -96,7 +96,7 @@ def test_the_same_seed_repeats_and_another_does_not(unique):
 
 def test_batches(unique):
     index = script.read_index(str(unique), "val")
-    loader = script.Loader(script.Reader(index, False, 10, 32, 36, rank=1, world=3, workers=2))
+    loader = script.Loader(script.LoaderConfig(index, False, 10, 32, 36, rank=1, world=3, workers=2))
     batches = list(loader)
     assert len(batches) == len(loader) == 2
     for images, labels in batches:
@@ -110,7 +110,7 @@ def test_batches(unique):
 def test_a_loader_goes_on_anywhere(unique, workers):
     """From any place in the epoch, the rest of it is the same to the last pixel."""
     index = script.read_index(str(unique), "train")
-    reader = script.Reader(index, True, BATCH, 32, 36, 9, workers=workers)
+    reader = script.LoaderConfig(index, True, BATCH, 32, 36, 9, workers=workers)
     whole = [[part.clone() for part in batch] for batch in script.Loader(reader)]
     for done in (1, 2, 5, len(whole) - 1):
         loader = script.Loader(reader)
@@ -123,7 +123,7 @@ def test_a_loader_goes_on_anywhere(unique, workers):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_batch_and_the_one_before_stay_as_they_are(unique, workers):
     """Although their memory is used again: the workers have all the time to make what they may."""
-    loader = script.Loader(script.Reader(script.read_index(str(unique), "train"), True, BATCH, 32, workers=workers))
+    loader = script.Loader(script.LoaderConfig(script.read_index(str(unique), "train"), True, BATCH, 32, workers=workers))
     taken = []
     for images, _ in loader:
         taken.append((images, images.clone()))
@@ -134,8 +134,8 @@ def test_a_batch_and_the_one_before_stay_as_they_are(unique, workers):
 
 def test_a_place_within_an_epoch_is_refused_with_other_settings(unique):
     index = script.read_index(str(unique), "train")
-    state = script.Loader(script.Reader(index, True, BATCH, 32)).state_dict()
-    other = script.Loader(script.Reader(index, True, 2 * BATCH, 32, world=2))
+    state = script.Loader(script.LoaderConfig(index, True, BATCH, 32)).state_dict()
+    other = script.Loader(script.LoaderConfig(index, True, 2 * BATCH, 32, world=2))
     other.load_state_dict(state | {"epoch": 3})  # between epochs anything may change
     assert other.epoch == 3
     with pytest.raises(script.TrainError, match=f"batch {BATCH} then, {2 * BATCH} now; world 1 then, 2 now"):
@@ -146,7 +146,7 @@ def test_a_worker_that_is_killed_is_one_clear_error(unique, monkeypatch):
     monkeypatch.setattr(script, "decode", lambda *args, **kwargs: os.kill(os.getpid(), 9))
     index = script.read_index(str(unique), "train")
     with pytest.raises(script.TrainError, match="a loader process was killed .* fewer --workers"):
-        list(script.Loader(script.Reader(index, True, BATCH, 32, 36, workers=2)))
+        list(script.Loader(script.LoaderConfig(index, True, BATCH, 32, 36, workers=2)))
 
 
 def test_an_error_in_a_worker_is_one_line(unique, tmp_path):
@@ -154,7 +154,7 @@ def test_an_error_in_a_worker_is_one_line(unique, tmp_path):
     (folder / "imagenet-train-000002.tar").unlink()
     for workers in (0, 2):
         with pytest.raises(script.TrainError, match=r"imagenet-train-000002\.tar: No such file") as error:
-            list(script.Loader(script.Reader(script.read_index(str(folder), "train"), True, BATCH, 32, workers=workers)))
+            list(script.Loader(script.LoaderConfig(script.read_index(str(folder), "train"), True, BATCH, 32, workers=workers)))
         assert "\n" not in str(error.value)
 
 
@@ -189,8 +189,8 @@ def test_an_epoch_with_validation(shards, tmp_path, capsys):
 def test_validation_that_misses_an_image_is_an_error(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "pad", lambda batches, reader, count: itertools.islice(
         batches, count))
-    real = script.Reader.steps.fget
-    monkeypatch.setattr(script.Reader, "steps", property(lambda r: real(r) - (not r.training)))
+    real = script.LoaderConfig.steps.fget
+    monkeypatch.setattr(script.LoaderConfig, "steps", property(lambda r: real(r) - (not r.training)))
     assert train(shards, tmp_path / "out") == 1
     assert "validation saw 28 images, the index lists 30" in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_metrics_are_those_of_plain_arithmetic(unique, tmp_path):
     index = script.read_index(str(unique), "val")
     torch.manual_seed(0)
     model = script.Classifier("shufflenet_v2_x0_5", 47, 0.1, 0.9, 1e-4, 0.1, 1, VAL_IMAGES).eval()
-    batches = list(script.Loader(script.Reader(index, False, 10, 32, 36)))
+    batches = list(script.Loader(script.LoaderConfig(index, False, 10, 32, 36)))
     with torch.no_grad():
         for n, batch in enumerate(batches):
             model.validation_step(batch, n)
@@ -258,7 +258,7 @@ def test_preview(shards, tmp_path, capsys):
     assert train(shards, tmp_path / "out", f"--preview={path}", "--train-size=64", "--batch-size=9") == 0
     assert str(path) in capsys.readouterr().out and not (tmp_path / "out").exists()
     index = script.read_index(str(shards), "train")
-    images, _ = next(iter(script.Loader(script.Reader(index, True, 9, 64, shuffle=5))))
+    images, _ = next(iter(script.Loader(script.LoaderConfig(index, True, 9, 64, shuffle=5))))
     sheet = Image.open(path)
     assert sheet.size == (3 * 94, 3 * 80)
     for place in range(9):

@@ -40,7 +40,7 @@ def read(work: Path, how: str) -> dict[str, float]:
     paths = sorted(work.glob("tree/train/*/*"))
     random.Random(0).shuffle(paths)
     index = imagenet_train.read_index(str(work / "data"), "train")
-    reader = imagenet_train.Reader(index, True, batch=1, size=224)
+    reader = imagenet_train.LoaderConfig(index, True, batch=1, size=224)
     pieces = imagenet_train.pieces_of(index.counts, True, 0, 0, 0, 1, 0, 1, 1)
     begun = time.perf_counter()
     if how == "files":

@@ -65,7 +65,7 @@ def crops(size: int) -> T.Compose:
 
 def project_u8(work: Path, a: argparse.Namespace, shards: str = "data") -> Iterable:
     index = imagenet_train.read_index(str(work / shards), "train")
-    reader = imagenet_train.Reader(index, True, batch=a.batch, size=a.size, shuffle=500, workers=a.workers)
+    reader = imagenet_train.LoaderConfig(index, True, batch=a.batch, size=a.size, shuffle=500, workers=a.workers)
     return imagenet_train.Loader(reader)
 
 

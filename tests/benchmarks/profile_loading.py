@@ -93,7 +93,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         prepare(Path(folder), a)
         index = imagenet_train.read_index(f"{folder}/data", "train")
-        reader = imagenet_train.Reader(index, True, batch=min(64, index.total), size=a.size, shuffle=100)
+        reader = imagenet_train.LoaderConfig(index, True, batch=min(64, index.total), size=a.size, shuffle=100)
         images = reader.steps * reader.batch
         files = [path.read_bytes() for path in Path(folder).glob("tree/train/*/*")][:images]
         rows: dict[str, list[float]] = {}

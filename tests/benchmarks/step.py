@@ -33,7 +33,7 @@ SKIP, STEPS = 10, 40
 WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 
-def bare(args: argparse.Namespace, reader: script.Reader) -> float:
+def bare(args: argparse.Namespace, reader: script.LoaderConfig) -> float:
     """Seconds of STEPS steps."""
     trainer = trainer_of(args, [])
     device, dtype = trainer.strategy.root_device, torch.bfloat16
@@ -58,12 +58,12 @@ def trainer_of(args: argparse.Namespace, callbacks: list[pl.Callback]) -> pl.Tra
     )
 
 
-def trained(args: argparse.Namespace, reader: script.Reader, one_batch: bool) -> float:
+def trained(args: argparse.Namespace, reader: script.LoaderConfig, one_batch: bool) -> float:
     """Seconds of STEPS steps."""
     return script.timed_fit(args, reader, SKIP, STEPS, one_batch)[0]
 
 
-def trace(args: argparse.Namespace, reader: script.Reader, path: Path) -> None:
+def trace(args: argparse.Namespace, reader: script.LoaderConfig, path: Path) -> None:
     """Profile ten steps in the middle; none of them is one that logs."""
     args = argparse.Namespace(**vars(args) | {"log_every": 10 * STEPS})
 
@@ -77,7 +77,7 @@ def trace(args: argparse.Namespace, reader: script.Reader, path: Path) -> None:
 
     profile = Profile()
     model = script.make_model(args, reader.index, 0)
-    trainer_of(args, [profile, script.StopTogether()]).fit(model, datamodule=script.ImageNetData(reader, reader))
+    trainer_of(args, [profile, script.SigtermHandler()]).fit(model, datamodule=script.ImageNetData(reader, reader))
     profile.profile.export_chrome_trace(str(path))
     waits = sum(event.count for event in profile.profile.key_averages() if event.key in WAITS)
     print(f"{path}: 10 steps, which waited {waits} times for the device")
@@ -91,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         args = script.parse_args([*rest, f"--output={output}"])
         index = script.read_index(args.shards, "train")
-        reader = script.Reader(
+        reader = script.LoaderConfig(
             index, True, args.batch_size, args.train_size, shuffle=args.shuffle, workers=args.workers or 2
         )
         if reader.steps < SKIP + STEPS:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -188,7 +187,7 @@ def test_preview(shards, tmp_path, capsys):
 
 
 WRONG = {
-    "--shards=/nowhere": "/nowhere/imagenet-train.json: No such file or directory; make it with imagenet_shards.py",
+    "--shards=/nowhere": "--shards=/nowhere: no such folder; imagenet_shards.py makes it",
     "--base=gs://bucket/x": "name a command",
     "--resume=/nowhere.ckpt": "--resume=/nowhere.ckpt: No such file or directory",
     "--resume=/etc/passwd": "--resume=/etc/passwd: not a checkpoint of this program",

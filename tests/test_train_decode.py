@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from imagenet_train import Index, LoaderConfig, TrainError, center_crop, decode, shorten_jpeg, random_crop, resize
+from imagenet_train import Index, LoaderConfig, TrainError, center_crop, decode, random_crop, resize, shorten_jpeg
 
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 

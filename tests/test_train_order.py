@@ -8,7 +8,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imagenet_train import (
-    Block, Division, Index, Line, batches_of, plan_reader, positions_of, remaining_steps, shuffled, steps_of, used_samples,
+    Block,
+    Division,
+    Index,
+    Line,
+    batches_of,
+    plan_reader,
+    positions_of,
+    remaining_steps,
+    shuffled,
+    steps_of,
+    used_samples,
 )  # fmt: skip
 
 LAYOUTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=8)  # shards of blocks

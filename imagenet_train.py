@@ -922,13 +922,13 @@ class Classifier(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """TrainError unless all ranks start at the same position: each reads the checkpoint that its machine sees."""
-        loader = self.trainer.datamodule.loader
-        position = torch.tensor([loader.epoch, loader.done, self.global_step], device=self.device)
-        positions = self.all_gather(position).view(-1, 3).unique(dim=0).tolist()
-        if len(positions) > 1:
+        loader, strategy = self.trainer.datamodule.loader, self.trainer.strategy
+        ours = loader.epoch, loader.done, self.global_step
+        first = strategy.broadcast(ours)
+        if not strategy.reduce_boolean_decision(ours == first):
             raise TrainError(
-                f"--resume: ranks would resume at different (epoch, batch, step): {positions}; is --output a folder "
-                "that all machines share?"
+                f"--resume: ranks would resume at different (epoch, batch, step): rank 0 at {first}, rank "
+                f"{self.global_rank} at {ours}; is --output a folder that all machines share?"
             )
 
     def on_train_batch_start(self, batch: list[torch.Tensor], batch_idx: int) -> None:
@@ -975,7 +975,7 @@ class Classifier(pl.LightningModule):
         """Log and print the result; TrainError unless every image was seen exactly once over all ranks."""
         seen, wanted = int(self.seen.compute()), self.hparams.images
         result = {"val_loss": self.loss.compute(), **self.accuracy.compute()}
-        self.log_dict(result | {"epoch": self.current_epoch + 1.0})
+        self.log_dict(result | {"epoch": self.current_epoch + 1.0}, sync_dist=True)  # equal on all ranks already
         top1, top5 = (100 * float(result[f"val_top{k}"]) for k in (1, 5))
         self.print(
             f"validated {seen}/{wanted} images: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
@@ -1546,7 +1546,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; warnings still come through
+    for name in ("pytorch_lightning", "lightning_fabric"):  # their tips; warnings still come through
+        logging.getLogger(name).setLevel(logging.WARNING)
     hush = "does not have many workers|exists and is not empty|smaller than the logging|find the monitored key|LeafSpec"
     warnings.filterwarnings("ignore", f".*({hush}).*")  # Lightning's, of things that are meant so here
     try:

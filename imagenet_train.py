@@ -1081,6 +1081,10 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_train_start(trainer, module)
+
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
         while os.read(signals, 1) != bytes([signal.SIGTERM]):

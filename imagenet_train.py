@@ -1150,11 +1150,10 @@ class ProgressBar(pl.Callback):
     def show(self, trainer: pl.Trainer, description: str, total: int, done: int = 0) -> None:
         self.bar.close()
         self.bar = tqdm(
-            desc=description, total=total, initial=done, file=sys.stdout, leave=False, dynamic_ncols=True,
+            desc=description, total=total, initial=done, postfix=self.text, leave=False, dynamic_ncols=True,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}", file=sys.stdout,
             disable=None if trainer.is_global_zero else True,  # None: unless it is a terminal
-            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
-        self.bar.set_postfix_str(self.text)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int
@@ -1180,7 +1179,7 @@ class ProgressBar(pl.Callback):
             "epoch": trainer.current_epoch + 1.0, "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train_loss": loss, "train_images/s": speed, "train_wait": wait,
         })
-        self.text = f"loss {loss:.3f}, {speed:,.0f} images/s, wait {wait:.0%}"
+        self.text = f"loss {loss:.3f}, {speed:,.0f} img/s, wait {wait:.0%}"
         self.bar.set_postfix_str(self.text)
         if self.bar.disable and trainer.is_global_zero:
             print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, "

@@ -79,13 +79,15 @@ import torch.nn.functional as F
 import torchvision
 import webdataset as wds
 from PIL import Image, ImageDraw
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
 from webdataset.tariterators import group_by_keys
 
 
@@ -1177,11 +1179,15 @@ class ImageNetData(pl.LightningDataModule):
 # recipe, the exact count of validated images, and from which moments a run can go on.
 
 
-def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Of the peak: linear from 1/warmup up to 1 over `warmup` steps, then half a cosine down to 0 at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+def lr_factor(position: tuple[float, float], warmup: float, epochs: float) -> float:
+    """The learning rate of a step as a share of its peak: linear warm-up, then a cosine decay to 0. All in epochs.
+
+    position: start and end of the step. Warm-up is evaluated at the end and decay at the start, so no step has rate 0.
+    """
+    start, end = position
+    if end < warmup:
+        return end / warmup
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, start - warmup) / (epochs - warmup)))
 
 
 def build_model(name: str, classes: int) -> torch.nn.Module:
@@ -1218,40 +1224,46 @@ class Classifier(pl.LightningModule):
             self.model.compile()
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
-        top = {f"val_top{k}": MulticlassAccuracy(classes, min(k, classes), "micro", ignore_index=IGNORE_INDEX) for k in (1, 5)}
-        self.accuracy = MetricCollection(top)
+        accuracy = partial(MulticlassAccuracy, classes, average="micro", ignore_index=IGNORE_INDEX)
+        self.accuracy = MetricCollection({f"val_top{k}": accuracy(top_k=min(k, classes)) for k in (1, 5)})
         self.loss, self.seen = MeanMetric(), SumMetric()
-        self.window = (0, 0.0, 0.0)  # step, seconds waited, clock: where the last window of the log ended
-        self.shown: dict[str, float] = {}  # in the progress bar
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, S, S, 3] → logits [B, classes]. The permuted view is channels_last as it lies: no copy."""
         return self.model((images.permute(0, 3, 1, 2) - self.mean) / self.std)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD. The learning rate is set before each step."""
         h = self.hparams
         groups = [  # norms and biases are the parameters with one dimension: He et al., arXiv:1812.01187, section 3.1
             {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": h.weight_decay},
             {"params": [p for p in self.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        trainer, data = self.trainer, self.trainer.datamodule.train
-        # Not trainer.estimated_stepping_batches: it sets the loader up before the checkpoint's place is known.
-        steps = data.steps
-        total = min(trainer.max_epochs * steps, trainer.max_steps if trainer.max_steps > 0 else sys.maxsize)
-        peak = h.lr * data.batch * data.world / 256
-        warmup = min(round(h.warmup_epochs * steps), total // 2)
-        optimizer = torch.optim.SGD(groups, lr=peak, momentum=h.momentum)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lr_factor, warmup=warmup, total=total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return torch.optim.SGD(groups, lr=h.lr, momentum=h.momentum)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Momentum and weight decay come from the flags, not from the checkpoint."""
+        decay, no_decay = checkpoint["optimizer_states"][0]["param_groups"]
+        decay |= {"momentum": self.hparams.momentum, "weight_decay": self.hparams.weight_decay}
+        no_decay |= {"momentum": self.hparams.momentum}
 
     def on_train_start(self) -> None:
-        """TrainError unless all ranks begin at the same place: each reads its own machine's checkpoint."""
-        loader = self.trainer.datamodule.loader
-        place = torch.tensor([loader.epoch, loader.done, self.global_step], device=self.device)
-        places = self.all_gather(place).view(-1, 3).unique(dim=0).tolist()
-        if len(places) > 1:
-            raise TrainError(f"--resume: ranks would go on from different (epoch, batch, step) {places}; is --output a "
-                             "folder that all machines share?")
+        """TrainError unless all ranks start at the same position: each reads the checkpoint that its machine sees."""
+        loader, strategy = self.trainer.datamodule.loader, self.trainer.strategy
+        ours = loader.epoch, loader.done, self.global_step
+        first = strategy.broadcast(ours)
+        if not strategy.reduce_boolean_decision(ours == first):
+            raise TrainError(
+                f"--resume: ranks would resume at different (epoch, batch, step): rank 0 at {first}, rank "
+                f"{self.global_rank} at {ours}; is --output a folder that all machines share?"
+            )
+
+    def on_train_batch_start(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        """Set the learning rate. It depends only on the flags and on the position in epochs, also after a resume."""
+        h, epochs, data = self.hparams, self.trainer.max_epochs, self.trainer.datamodule
+        peak = h.lr * data.train.batch * self.trainer.world_size / 256
+        for group in self.optimizers().param_groups:
+            group["lr"] = peak * lr_factor(data.loader.position, min(h.warmup_epochs, epochs / 2), epochs)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         images, labels = batch
@@ -1262,34 +1274,20 @@ class Classifier(pl.LightningModule):
         # Not torch.manual_seed: without a GPU it writes down the whole stack, each time, for when one comes.
         generator = torch.cuda if self.device.type == "cuda" else torch.default_generator
         generator.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
-        smoothing = self.hparams.label_smoothing
-        loss = F.cross_entropy(self(images), labels, ignore_index=IGNORE_INDEX, label_smoothing=smoothing, reduction="sum")
-        loss = loss / len(labels)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self._log(loss, len(labels) * self.trainer.world_size)
-        return loss
-
-    def _log(self, loss: torch.Tensor, global_batch: int) -> None:
-        """Log the loss, all ranks' images/s and the share of time that this one waited for data since the last call.
-
-        Not self.log(…, prog_bar=True): from then on that reads the number off the device, and waits for it, every step.
-        """
-        step, waited, clock = self.window
-        self.window = self.global_step, self.trainer.datamodule.loader.waited, time.perf_counter()
-        self.shown = {"loss": loss.item()}
-        if clock:
-            seconds = self.window[2] - clock
-            self.shown["images/s"] = (self.window[0] - step) * global_batch / seconds
-            self.shown["wait"] = (self.window[1] - waited) / seconds
-        self.log_dict({f"train_{name}": value for name, value in self.shown.items()})
+        # The sum over valid rows, divided by all rows: a sample has the same weight on every rank.
+        options = dict(label_smoothing=self.hparams.label_smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(self(images), labels, **options) / len(labels)
 
     def on_train_epoch_end(self) -> None:
         bad = torch.tensor(float(self.trainer.datamodule.loader.bad), device=self.device)
         if bad := int(self.trainer.strategy.reduce(bad, reduce_op="sum")):
-            self.print(f"epoch {self.current_epoch + 1}: {bad} images that can't be decoded were left out, named above")
+            self.print(f"epoch {self.current_epoch + 1}: {bad} images could not be decoded and were left out")
 
     def on_validation_epoch_start(self) -> None:
         self.accuracy.reset(), self.loss.reset(), self.seen.reset()
+        if self.trainer.world_size > 1:  # batch-norm statistics differ between ranks; rank 0's are saved
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -1304,7 +1302,7 @@ class Classifier(pl.LightningModule):
         """Log and print the result; TrainError unless every image was seen exactly once over all ranks."""
         seen, wanted = int(self.seen.compute()), self.hparams.images
         result = {"val_loss": self.loss.compute(), **self.accuracy.compute()}
-        self.log_dict(result)
+        self.log_dict(result | {"epoch": self.current_epoch + 1.0}, sync_dist=True)  # equal on all ranks already
         top1, top5 = (100 * float(result[f"val_top{k}"]) for k in (1, 5))
         self.print(
             f"validated {seen}/{wanted} images: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
@@ -1312,29 +1310,62 @@ class Classifier(pl.LightningModule):
         )
         if seen != wanted:
             raise TrainError(f"validation saw {seen} images, the index lists {wanted}")
-        self.window = (0, 0.0, 0.0)  # validation's seconds are not training's
 
 
-class LastCheckpoint(pl.Callback):
-    """Writes last.ckpt at every moment that a run may have to go on from, and so that none of its epochs is left out.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Replaces a checkpoint in one step: whenever the run is killed, the old one or the new one is there, complete.
+
+    Lightning writes to TMPDIR first and, if that is another file system, copies from there over the old checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: None = None) -> None:
+        """TrainError if the disk is full or read-only."""
+        temporary = Path(f"{path}.tmp")  # always the same name, so that the next save replaces what a killed run left
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # the data reaches the disk before the name does
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            kept = "the previous one is kept" if os.path.exists(path) else "there is no previous one"
+            raise TrainError(f"{path}: can't save the checkpoint: {error.strerror}; {kept}") from None
+        with contextlib.suppress(OSError):  # not all file systems can do this
+            folder = os.open(temporary.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes last.ckpt: every `every` steps, before and after validation, at --max-steps and on SIGTERM.
 
     Not Lightning's ModelCheckpoint: that saves a run which --max-steps ends within an epoch as if the epoch were over,
-    and one that is killed in validation goes on without it. After SIGTERM, SigtermHandler raises
-    SIGTERMException at the end of a step.
+    and one that is killed in validation goes on without it.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every, self.validation_due = path, every, False
 
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for path in self.path.parent.glob("*.ckpt.tmp"):  # of a run that was killed while saving
+                path.unlink()
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
         wanted = trainer.global_step == trainer.max_steps or (self.every and trainer.global_step % self.every == 0)
-        if wanted and trainer.datamodule.loader.done:  # at the epoch's end the next one saves
+        if wanted and trainer.datamodule.loader.done:  # after an epoch's last step validation comes, and saves
             trainer.save_checkpoint(self.path)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.validation_due = True
-        trainer.save_checkpoint(self.path)
-        self.validation_due = False
+        if trainer.state.fn == "fit":
+            self.validation_due = True
+            trainer.save_checkpoint(self.path)
+            self.validation_due = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
@@ -1349,57 +1380,149 @@ class LastCheckpoint(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-class SigtermHandler(pl.Callback):
-    """SIGTERM, by which a cluster takes a machine back, ends the run on all ranks after the same step, whoever got it.
+SIGTERM_TIMEOUT = 20  # seconds for the next step after SIGTERM; clusters send SIGKILL after 30
 
-    Takes the place of Lightning's handler, which broadcasts from where the signal happens to find it: with several
-    ranks their collectives no longer match, and they wait for each other until they are killed, unsaved. And of its
-    broadcast before each step, for whose answer each step would wait until the device has made the one before.
+
+class SigtermHandler(pl.Callback):
+    """On SIGTERM, ends the run on all ranks after the same step with SIGTERMException, whichever rank got the signal.
+
+    Lightning's handler broadcasts a flag wherever the signal arrives, so that the ranks' collectives no longer match,
+    and another before each step, which waits for the device. Here the ranks exchange their flags through the key-value
+    store by which they found each other, and read them one step later. No collective and no device takes part.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint, self.requested, self.steps = checkpoint, False, 0
+        self.ended = threading.Event()
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        trainer._accelerator_connector.cluster_environment.auto_requeue = False  # Slurm: no hpc_ckpt files
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        # Python runs a signal's handler in the main thread, so not while that waits in a collective for another rank.
+        # The byte in the wake-up descriptor comes at once.
+        signal.signal(signal.SIGTERM, lambda *args: None)  # Lightning restores the previous handler at the end
+        signals, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup)
+        threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_train_start(trainer, module)
+
+    def watch(self, trainer: pl.Trainer, signals: int) -> None:
+        """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
+        while os.read(signals, 1) != bytes([signal.SIGTERM]):
+            pass
+        self.requested, step = True, None
+        while step != self.steps:
+            step = self.steps
+            if self.ended.wait(SIGTERM_TIMEOUT):
+                return
+        found = f"--resume goes on from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
+        text = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {found}"
+        print(f"imagenet_train.py: {text}", file=sys.stderr, flush=True)
+        self.on_exception(trainer, trainer.lightning_module, TimeoutError())
+        os._exit(128 + signal.SIGTERM)
+
+    def sync(self, trainer: pl.Trainer) -> bool:
+        """Whether SIGTERM had reached any rank by the previous call; the same on all ranks. To call after each step."""
+        self.steps += 1
+        if trainer.world_size == 1:
+            return self.requested
+        store, step = torch.distributed.distributed_c10d._get_default_store(), self.steps
+        count = store.add(f"sigterm/{step}", 1 + (self.requested << 32))  # the lower half counts ranks
+        if count % (1 << 32) == trainer.world_size:
+            store.set(f"sigterm/{step}/any", str(count >> 32))
+            store.delete_key(f"sigterm/{step - 2}"), store.delete_key(f"sigterm/{step - 2}/any")  # all have read it
+        return step > 1 and int(store.get(f"sigterm/{step - 1}/any")) > 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
+        if self.sync(trainer) and trainer.datamodule.loader.done:  # after an epoch's last step validation is due
+            raise SIGTERMException
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, *args) -> None:
+        if self.sync(trainer):  # LastCheckpoint has saved
+            raise SIGTERMException
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
+        if self.sync(trainer):
+            raise SIGTERMException
+
+    def on_train_end(self, *args) -> None:
+        self.ended.set()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Also ends the ranks that Lightning started, which may wait for this one."""
+        self.ended.set()
+        if trainer.strategy.launcher:
+            if not isinstance(exception, SIGTERMException):
+                trainer.strategy.launcher.kill(signal.SIGKILL)
+            trainer.strategy.launcher.procs.clear()  # Lightning kills this process when it sees that one of them ended
+
+
+class ProgressBar(pl.Callback):
+    """Logs loss, learning rate, images/s and the share of time spent waiting for data, every log_every_n_steps steps.
+
+    They are shown with the progress: on a terminal as a bar, elsewhere as a line each time.
     """
 
     def __init__(self) -> None:
-        self.asked, self.group = 0, None
-        self.sent: tuple[torch.Tensor, torch.distributed.Work] | None = None  # on its way between the ranks
+        self.bar = tqdm(disable=True)
+        self.window: tuple[int, float, float] | None = None  # where the next entry starts: step, seconds waited, clock
+        self.text = ""
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self.note)  # Lightning puts back at the end what was there at the beginning
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        if trainer.world_size > 1:
-            self.group = torch.distributed.new_group(backend="gloo")  # of the CPUs: no step waits for a GPU
+    def show(self, trainer: pl.Trainer, description: str, total: int, done: int = 0) -> None:
+        self.bar.close()
+        self.bar = tqdm(
+            desc=description, total=total, initial=done, postfix=self.text, leave=False, dynamic_ncols=True,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}", file=sys.stdout,
+            disable=None if trainer.is_global_zero else True,  # None: unless it is a terminal
+        )
 
-    def note(self, *args) -> None:
-        self.asked = 1
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int
+    ) -> None:
+        if self.window is None:  # at the start and after validation, whose seconds are not counted
+            epoch = f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self.show(trainer, epoch, trainer.num_training_batches, batch_idx)
+            self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
 
-    def agree(self) -> None:
-        """SIGTERMException, on all ranks at once, if one was asked to. They compare a step late: so nobody waits."""
-        asked = self.asked
-        if self.group:
-            before, ours, operation = self.sent, torch.tensor(asked, dtype=torch.uint8), torch.distributed.ReduceOp.MAX
-            self.sent = ours, torch.distributed.all_reduce(ours, operation, self.group, async_op=True)
-            if before is None:
-                return
-            theirs, work = before
-            work.wait()
-            asked = int(theirs)
-        if asked:
-            raise SIGTERMException
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: list, batch_idx: int
+    ) -> None:
+        self.bar.update()
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        step, waited, clock = self.window
+        loss = outputs["loss"].item()  # not self.log(…, prog_bar=True), which waits for the device in each step
+        self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
+        seconds = self.window[2] - clock
+        speed = (self.window[0] - step) * len(batch[1]) * trainer.world_size / seconds
+        wait = (self.window[1] - waited) / seconds
+        module.log_dict({
+            "epoch": trainer.current_epoch + 1.0, "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train_loss": loss, "train_images/s": speed, "train_wait": wait,
+        })
+        self.text = f"loss {loss:.3f}, {speed:,.0f} img/s, wait {wait:.0%}"
+        self.bar.set_postfix_str(self.text)
+        if self.bar.disable and trainer.is_global_zero:
+            print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, "
+                  f"step {batch_idx + 1}/{trainer.num_training_batches}: {self.text}", flush=True)
 
-    def on_train_batch_end(self, *args) -> None:
-        self.agree()
+    def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.window = None
+        self.show(trainer, "Validation", trainer.num_val_batches[0])
 
     def on_validation_batch_end(self, *args) -> None:
-        self.agree()
+        self.bar.update()
 
+    def close(self, *args) -> None:
+        self.bar.close()
 
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with the last numbers that Classifier logged; in a file, a line every `every` steps."""
-
-    def __init__(self, every: int) -> None:
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else every)
-
-    def get_metrics(self, trainer: pl.Trainer, module: Classifier) -> dict[str, str]:
-        forms = {"loss": ".3f", "images/s": ",.0f", "wait": ".0%"}
-        return {name: format(value, forms[name]) for name, value in module.shown.items()}
+    on_validation_epoch_end = on_train_end = on_exception = close
 
 
 # ---------------------------------------------------------------- preview
@@ -1576,16 +1699,16 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
     except ModuleNotFoundError:
         pass  # TensorBoard is not installed
     callbacks = [
-        LastCheckpoint(output / "last.ckpt", args.checkpoint_every),
-        SigtermHandler(),  # after that
+        ProgressBar(),
+        SigtermHandler(output / "last.ckpt"),
         ModelCheckpoint(output, "best", monitor="val_top1", mode="max", enable_version_counter=False),
-        LearningRateMonitor("step"),
-        ProgressBar(args.log_every),
+        LastCheckpoint(output / "last.ckpt", args.checkpoint_every),  # last, because it saves the best one's state too
     ]
     options = dict(
         accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,
         max_epochs=args.max_epochs, max_steps=args.max_steps, log_every_n_steps=args.log_every,
-        logger=loggers, callbacks=callbacks, default_root_dir=output, enable_model_summary=False,
+        logger=loggers, callbacks=callbacks, default_root_dir=output, plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False, enable_progress_bar=False,
         num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True,
         reload_dataloaders_every_n_epochs=1,  # so that Lightning asks for the length of every epoch
     )
@@ -1659,9 +1782,9 @@ def timed_fit(
     args: argparse.Namespace, config: LoaderConfig, skip: int, count: int, one_batch: bool
 ) -> tuple[float, pl.Trainer]:
     """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
-    watch, bar = Stopwatch(skip), ProgressBar(args.log_every)
+    watch = Stopwatch(skip)
     trainer = make_trainer(
-        args, callbacks=[watch, SigtermHandler(), bar], logger=False, enable_checkpointing=False, limit_val_batches=0,
+        args, callbacks=[watch, SigtermHandler(args.output / "last.ckpt"), ProgressBar()], logger=False, enable_checkpointing=False, limit_val_batches=0,
         max_epochs=1, max_steps=skip + count,
     )
     make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader
@@ -1757,7 +1880,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its tips; warnings still come through
+    for name in ("pytorch_lightning", "lightning_fabric"):  # their tips; warnings still come through
+        logging.getLogger(name).setLevel(logging.WARNING)
     hush = "does not have many workers|exists and is not empty|smaller than the logging|find the monitored key|LeafSpec"
     warnings.filterwarnings("ignore", f".*({hush}).*")  # Lightning's, of things that are meant so here
     try:

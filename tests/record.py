@@ -3,15 +3,17 @@
     RECORD=DIR [DIE_AT=STEP] [WORKERS="0 2 3"] python record.py [imagenet_train.py's arguments]
 
 DIR/rank-R.jsonl gets a line [epoch, step, "train" or "val", labels] a batch. With a tree of one image a class a label
-names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step. WORKERS: the number of loader
-processes; of several, a run each, one after the other, with the diary in DIR/workers-N. READS=1: DIR/reads-R.txt gets
-a line a training step, the number of times that anything was read off the device before it.
+names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step. TERM_AT, TERM_RANK: that
+rank gets a real SIGTERM there. LINGER: seconds that rank 0 takes to end after an exception. WORKERS: the number of
+loader processes; of several, a run each, one after the other, with the diary in DIR/workers-N. READS=1:
+DIR/reads-R.txt gets a line a training step, the number of times that anything was read off the device before it.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -45,10 +47,15 @@ class Diary(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int) -> None:
         if trainer.global_step == int(os.environ.get("DIE_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
+        if [trainer.global_step, trainer.global_rank] == [int(os.environ.get(name, -1)) for name in ("TERM_AT", "TERM_RANK")]:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.write(trainer, "train", batch)
         if "READS" in os.environ:
             with open(folder / f"reads-{trainer.global_rank}.txt", "a") as file:
                 print(Reads.count, file=file)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        time.sleep(float(os.environ.get("LINGER", 0)) * trainer.is_global_zero)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, module, batch: list, batch_idx: int, loader: int = 0) -> None:
         self.write(trainer, "val", batch)

@@ -109,28 +109,6 @@ def wait_for(path: Path, pattern: str) -> None:
     pytest.fail(f"{pattern!r} never came in {path}")
 
 
-@pytest.mark.parametrize("moment", ["train", "val"])
-def test_sigterm_saves_and_stops_at_once(unique, tmp_path, moment):
-    flags = [f"--shards={unique}", "--max-epochs=2"]
-    whole = start(tmp_path / "whole", *flags)
-    whole.join()
-    process = start(tmp_path / "stopped", *flags)
-    wait_for(tmp_path / "stopped" / "rank-0.jsonl", r"\[0, 3, " if moment == "train" else '"val"')
-    process.terminate()
-    process.join(120)
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert "SIGTERM: " in (tmp_path / "stopped" / "log").read_text()
-    steps = len([line for line in diary(tmp_path / "stopped", 0, "train")])
-    assert steps < STEPS if moment == "train" else steps == STEPS
-    again = start(tmp_path / "stopped", *flags, "--resume")
-    again.join()
-    assert again.exitcode == 0, (tmp_path / "stopped" / "log").read_text()
-    assert steps_made(tmp_path / "stopped") == steps_made(tmp_path / "whole")
-    assert (tmp_path / "stopped" / "log").read_text().count(f"validated {VAL_IMAGES}/{VAL_IMAGES}") == 2
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
-
-
 def test_killed_in_validation_it_validates_again(unique, tmp_path):
     """… also when --checkpoint-every falls on the epoch's last step."""
     flags = [f"--shards={unique}", "--max-epochs=2", f"--checkpoint-every={STEPS}", "--resume"]

@@ -98,7 +98,7 @@ def test_an_epoch_with_validation(shards, tmp_path, capsys):
     assert re.search(r"validated 30/30 images: top-1 [\d.]+ %, top-5 [\d.]+ %, loss [\d.]+ \(epoch 1, step 15\)", out)
     assert (tmp_path / "out" / "best.ckpt").exists()
     header, *lines = (tmp_path / "out" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert {"train_loss", "train_images/s", "train_wait", "val_top1", "val_top5", "val_loss", "lr-SGD/pg1"} <= set(header.split(","))
+    assert {"train_loss", "train_images/s", "train_wait", "val_top1", "val_top5", "val_loss", "lr"} <= set(header.split(","))
     assert len(lines) >= 7
     assert train(shards, tmp_path / "out") == 1  # it would overwrite last.ckpt
     assert "last.ckpt: exists; --resume to go on from it" in capsys.readouterr().err
@@ -138,27 +138,6 @@ def test_normalisation_is_torchvisions():
     expected = oracle.normalize(images.permute(0, 3, 1, 2) / 255, script.MEAN, script.STD)
     torch.testing.assert_close(model(images), expected)
     assert model(images).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_learning_rate():
-    factors = [script.lr_factor(step, 10, 110) for step in range(111)]
-    assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert factors[10] == 1.0 and factors[60] == pytest.approx(0.5) and factors[110] == pytest.approx(0, abs=1e-9)
-    assert sorted(factors[10:], reverse=True) == factors[10:]
-    assert script.lr_factor(0, 0, 10) == 1.0
-
-
-def test_the_recipe_in_the_optimiser(shards, tmp_path, monkeypatch):
-    """Peak scaled with the global batch, no weight decay on norms and biases, a schedule per step."""
-    seen = {}
-    real = script.Classifier.configure_optimizers
-    monkeypatch.setattr(script.Classifier, "configure_optimizers", lambda self: seen.setdefault("made", real(self)))
-    assert train(shards, tmp_path / "out", "--lr=0.512", "--warmup-epochs=0", "--max-steps=1", "--weight-decay=0.01") == 0
-    decayed, plain = seen["made"]["optimizer"].param_groups
-    assert decayed["initial_lr"] == plain["initial_lr"] == pytest.approx(0.512 * BATCH / 256)
-    assert (decayed["weight_decay"], plain["weight_decay"], decayed["momentum"]) == (0.01, 0, 0.875)
-    assert {p.ndim for p in plain["params"]} == {1} and {p.ndim for p in decayed["params"]} == {2, 4}
-    assert seen["made"]["lr_scheduler"]["interval"] == "step"
 
 
 @pytest.mark.parametrize("name", ["resnet50", "googlenet", "inception_v3", "vit_b_32", "mobilenet_v3_small"])

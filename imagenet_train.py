@@ -1255,7 +1255,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
-            self.error(f"unrecognized argument {unknown[0]}" + f"; did you mean {near[0]}?" * bool(near))
+            self.error(f"unrecognized argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
         return args
 
 
@@ -1354,6 +1354,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--evaluate", action="store_true",
         help="only validate --weights or --resume; images are sized as torchvision does it for weights with a NAME")
 
+    parser.set_defaults(**RECIPES["90"])  # for --help
     parser.set_defaults(**RECIPES[parser.parse_all(argv).recipe])
     args = parser.parse_all(argv)
     if args.evaluate:

@@ -876,18 +876,36 @@ def check_sizes(name: str, *sizes: int) -> None:
             raise TrainError(f"--model={name} takes no images of {size} × {size} px: {error}") from None
 
 
+def named_weights(model: str, weights: str | None) -> torchvision.models.WeightsEnum | None:
+    """torchvision's weights of this model and name; None if `weights` is a file."""
+    return torchvision.models.get_model_weights(model).__members__.get(weights)
+
+
+def preprocessing_note(model: str, weights: str) -> str:
+    """What torchvision's preprocessing for these weights does otherwise than this script; empty if nothing."""
+    named = named_weights(model, weights)
+    transforms = named and named.transforms()
+    if not named or (transforms.interpolation.value == "bilinear" and tuple(transforms.mean) == MEAN):
+        return ""
+    return (
+        f"{weights}: published with {transforms.interpolation.value} resizing and mean {transforms.mean}, evaluated here "
+        f"with bilinear and {list(MEAN)}; the accuracy will differ slightly"
+    )
+
+
 def read_weights(model: str, weights: str) -> dict[str, torch.Tensor]:
     """The state dict that --weights names: torchvision's weights of this model, or a file. Raises TrainError."""
-    names = torchvision.models.get_model_weights(model).__members__
+    named = named_weights(model, weights)
+    if named and model in ("googlenet", "inception_v3"):
+        raise TrainError(f"--weights={weights}: {model}'s published weights expect inputs of another normalisation; give a file")
     try:
-        if weights in names:
-            progress = rank_zero_only.rank == 0
-            state = names[weights].get_state_dict(progress=progress, check_hash=True, weights_only=True)
+        if named:
+            state = named.get_state_dict(progress=rank_zero_only.rank == 0, check_hash=True, weights_only=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)  # weights_only: no code in it is run
     except FileNotFoundError:
-        choice = f"one of {', '.join(names)}, or a file" if names else "a file"
-        raise TrainError(f"--weights={weights}: no such file; for {model} give {choice}") from None
+        names = ", ".join(torchvision.models.get_model_weights(model).__members__)
+        raise TrainError(f"--weights={weights}: no such file; for {model} give a file or one of {names}") from None
     except OSError as error:
         raise TrainError(f"--weights={weights}: {error}") from None
     except Exception as error:  # of many kinds: pickle's, zip's
@@ -1360,9 +1378,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.evaluate:
         if (args.weights is None) == (args.resume is None):
             parser.error("--evaluate: give --weights or --resume")
-        names = torchvision.models.get_model_weights(args.model).__members__
-        if args.weights in names:
-            transforms = names[args.weights].transforms()
+        if named := named_weights(args.model, args.weights):
+            transforms = named.transforms()
             parser.set_defaults(val_size=transforms.crop_size[0], val_resize=transforms.resize_size[0])
             args = parser.parse_all(argv)
     if args.val_size > args.val_resize:
@@ -1598,6 +1615,8 @@ def evaluate(args: argparse.Namespace) -> None:
     [config] = make_configs(args, [index], trainer.world_size, workers)
     model = make_model(args, index, index.total, str(weights))
     rank_zero_only(print)(describe(args, trainer, [config]))
+    if note := preprocessing_note(args.model, str(weights)):
+        rank_zero_only(print)(note)
     trainer.validate(model, datamodule=ImageNetData(None, config), verbose=False)
     if trainer.is_global_zero:
         folder.mkdir(parents=True)

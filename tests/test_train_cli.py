@@ -104,7 +104,7 @@ def test_a_folder_that_does_not_exist(tmp_path, capsys):
 
 def test_a_tree_instead_of_shards(tree, tmp_path, capsys):
     assert train(tree, tmp_path) == 1
-    assert f"--shards={tree}: a tree of images; convert it with imagenet_shards.py" in one_line(capsys)
+    assert f"--shards={tree}: a tree of images, not shards; convert it with imagenet_shards.py" in one_line(capsys)
 
 
 def test_one_class_is_refused(tmp_path, capsys):

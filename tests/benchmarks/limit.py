@@ -45,15 +45,15 @@ def image_bytes(index: script.Index) -> float:
 class OneBatch(script.Loader):
     """The same batch, on the device from the start, again and again: training as if loading cost nothing."""
 
-    def __init__(self, config: script.LoaderConfig, device: torch.device) -> None:
-        super().__init__(config)
-        size = self.crop()
+    def __init__(self, config: script.LoaderConfig, device: torch.device, **options) -> None:
+        super().__init__(config, **options)
+        size = config.crop(self.epoch)
         self.images = torch.randint(0, 256, (config.batch, size, size, 3), dtype=torch.uint8, device=device)
         self.labels = torch.randint(0, len(config.index.classes), (config.batch,), device=device)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        while self.done < len(self):
-            self.done += 1
+        for _ in range(len(self) - self.done):
+            self.advance()
             yield [self.images, self.labels]
 
 

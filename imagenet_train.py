@@ -34,6 +34,8 @@ import argparse
 import base64
 import bisect
 import contextlib
+import csv
+import difflib
 import hashlib
 import http.client
 import io
@@ -70,9 +72,10 @@ from functools import cached_property, partial
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import fsspec
+import numpy
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -80,7 +83,8 @@ import torchvision
 import webdataset as wds
 from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -1197,14 +1201,77 @@ def build_model(name: str, classes: int) -> torch.nn.Module:
 
 
 def check_sizes(name: str, *sizes: int) -> None:
-    """TrainError if the model does not take images of these sizes; tried without weights or data, in a moment."""
-    with torch.device("meta"):
-        model = build_model(name, 2).eval()
-        for size in sizes:
-            try:
-                model(torch.empty(1, 3, size, size))
-            except Exception as error:  # assertions, shapes that do not fit: each model has its own
-                raise TrainError(f"--model={name} takes no images of {size} × {size} px: {error}") from None
+    """TrainError if the model does not accept images of these sizes. Only shapes are computed: no data, no weights."""
+    # RegNet's constructor reads values of tensors, which the meta device does not have.
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        model = build_model(name, 2).to("meta").eval()
+    for size in sizes:
+        try:
+            model(torch.empty(1, 3, size, size, device="meta"))
+        except Exception as error:  # assertions, shapes that do not fit: each model has its own
+            raise TrainError(f"--model={name} takes no images of {size} × {size} px: {error}") from None
+
+
+def named_weights(model: str, weights: str | None) -> torchvision.models.WeightsEnum | None:
+    """torchvision's weights of this model and name; None if `weights` is a file."""
+    return torchvision.models.get_model_weights(model).__members__.get(weights)
+
+
+def preprocessing_note(model: str, weights: str) -> str:
+    """What torchvision's preprocessing for these weights does otherwise than this script; empty if nothing."""
+    named = named_weights(model, weights)
+    transforms = named and named.transforms()
+    if not named or (transforms.interpolation.value == "bilinear" and tuple(transforms.mean) == MEAN):
+        return ""
+    return (
+        f"{weights}: published with {transforms.interpolation.value} resizing and mean {transforms.mean}, evaluated here "
+        f"with bilinear and {list(MEAN)}; the accuracy will differ slightly"
+    )
+
+
+def read_weights(model: str, weights: str) -> dict[str, torch.Tensor]:
+    """The state dict that --weights names: torchvision's weights of this model, or a file. Raises TrainError."""
+    named = named_weights(model, weights)
+    if named and model in ("googlenet", "inception_v3"):
+        raise TrainError(f"--weights={weights}: {model}'s published weights expect inputs of another normalisation; give a file")
+    try:
+        if named:
+            state = named.get_state_dict(progress=rank_zero_only.rank == 0, check_hash=True, weights_only=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)  # weights_only: no code in it is run
+    except FileNotFoundError:
+        names = ", ".join(torchvision.models.get_model_weights(model).__members__)
+        raise TrainError(f"--weights={weights}: no such file; for {model} give a file or one of {names}") from None
+    except OSError as error:
+        raise TrainError(f"--weights={weights}: {error}") from None
+    except Exception as error:  # of many kinds: pickle's, zip's
+        raise TrainError(f"--weights={weights}: not a file of weights ({type(error).__name__})") from None
+    for key in ("state_dict", "model"):  # checkpoints: of this script and of others, of torchvision's references
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    state = {key.removeprefix("module.").removeprefix("model."): value for key, value in state.items()}
+    # torchvision's DenseNet files have older names: norm.1 for norm1.
+    return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d\.)", r"\1", key): value for key, value in state.items()}
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], classes: int) -> list[str]:
+    """Copy the weights into the model. Return the names of its last layer's tensors if they are for other classes.
+
+    Those keep their random values. ValueError if anything else does not fit.
+    """
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.lower().startswith("aux")}
+    new_layer = [
+        key for key, value in own.items()
+        if key in state and value.ndim and len(value) == classes != len(state[key]) and value.shape[1:] == state[key].shape[1:]
+    ]
+    counters = {key for key in own if key.endswith("num_batches_tracked")}  # missing in files of PyTorch 0.4 and before
+    mismatches = (own.keys() - counters) ^ (state.keys() - counters)
+    mismatches |= {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape} - set(new_layer)
+    if mismatches:
+        raise ValueError(f"{len(mismatches)} tensors do not fit, such as {min(mismatches)}")
+    for key in own.keys() & state.keys() - set(new_layer):
+        own[key].copy_(state[key])  # not load_state_dict(): some models' methods want the version that a file may lack
+    return new_layer
 
 
 class Classifier(pl.LightningModule):
@@ -1273,7 +1340,8 @@ class Classifier(pl.LightningModule):
         # Dropout too is a function of (seed, step, rank): a resumed run draws what it would have drawn.
         # Not torch.manual_seed: without a GPU it writes down the whole stack, each time, for when one comes.
         generator = torch.cuda if self.device.type == "cuda" else torch.default_generator
-        generator.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
+        draw = random.Random(f"{self.hparams.seed}/{self.global_step}/{self.global_rank}")
+        generator.manual_seed(draw.getrandbits(63))
         # The sum over valid rows, divided by all rows: a sample has the same weight on every rank.
         options = dict(label_smoothing=self.hparams.label_smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
         return F.cross_entropy(self(images), labels, **options) / len(labels)
@@ -1304,9 +1372,10 @@ class Classifier(pl.LightningModule):
         result = {"val_loss": self.loss.compute(), **self.accuracy.compute()}
         self.log_dict(result | {"epoch": self.current_epoch + 1.0}, sync_dist=True)  # equal on all ranks already
         top1, top5 = (100 * float(result[f"val_top{k}"]) for k in (1, 5))
+        position = f" (epoch {self.current_epoch + 1}, step {self.global_step})" if self.trainer.state.fn == "fit" else ""
         self.print(
             f"validated {seen}/{wanted} images: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
-            f"loss {float(result['val_loss']):.4f} (epoch {self.current_epoch + 1}, step {self.global_step})"
+            f"loss {float(result['val_loss']):.4f}{position}"
         )
         if seen != wanted:
             raise TrainError(f"validation saw {seen} images, the index lists {wanted}")
@@ -1525,24 +1594,103 @@ class ProgressBar(pl.Callback):
     on_validation_epoch_end = on_train_end = on_exception = close
 
 
-# ---------------------------------------------------------------- preview
+# ---------------------------------------------------------------- pictures
+# --preview draws samples → one sheet; training draws metrics.csv → curves.png.
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder, which is renamed to `path` at the end: a killed run leaves no partial file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def first_samples(config: LoaderConfig) -> Iterator[dict[str, Any]]:
+    """The undecoded samples of epoch 0 in the order of training, as one rank with one reader uses them."""
+    order, blocks = plan_reader(config.index, True, config.seed, 0, [config.division], rank=0, worker=0)
+    return read_samples(order, blocks, config, multiprocessing.Event())
 
 
 def preview(config: LoaderConfig, path: Path) -> None:
-    """Draw the first training batch, at most 64 images, as they go to the device, with label and wnid."""
-    images, labels = next(iter(Loader(config)))
-    labels, size = labels.tolist(), images.shape[1]
-    columns = math.ceil(math.sqrt(len(images)))
-    width, height = max(size, 90) + 4, size + 16
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    """Draw the first training batch: each image with its crop's outline, beside what the model sees, and the class."""
+    size, samples = config.size, list(itertools.islice(first_samples(config), config.batch))
+    columns, width, height = max(1, round(math.sqrt(0.75 * len(samples)))), 2 * size + 12, size + 28
+    sheet = Image.new("RGB", (columns * width + 8, math.ceil(len(samples) / columns) * height + 4), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (pixels, label) in enumerate(zip(images, labels)):
-        left, top = place % columns * width, place // columns * height
-        sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
-        draw.text((left + 2, top + size + 2), f"{label} {config.index.classes[label]}", "black")
+    names = config.index.class_names or config.index.classes
+    for position, (sample, (pixels, label)) in enumerate(zip(samples, decode_all(samples, config, epoch=0))):
+        if pixels is None:
+            continue  # can't be decoded: training reports it
+        left, top = position % columns * width + 8, position // columns * height + 4
+        data = next(sample[extension] for extension in ("jpg", "jpeg", "png") if extension in sample)
+        original = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]).convert("RGB")
+        box = random_crop(*original.size, random.Random(f"{config.seed}/0/{sample['__key__']}"))
+        scale = size / max(original.size)
+        original = original.resize([max(1, round(scale * side)) for side in original.size])
+        ImageDraw.Draw(original).rectangle([round(scale * edge) for edge in box], outline="red", width=2)
+        sheet.paste(original, (left + (size - original.width) // 2, top + (size - original.height) // 2))
+        sheet.paste(Image.fromarray(pixels.numpy()), (left + size + 2, top))
+        draw.text((left, top + size + 4), f"{label}  {names[label].split(',')[0]}"[: size // 4], "black", font_size=14)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    print(f"{path}: {len(images)} images of the first training batch, {size} × {size} px")
+    print(f"{path}: {len(samples)} images of the first training batch, each beside its crop (some mirrored), {size} × {size} px")
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Draw loss, top-1, learning rate and images/s over the epochs of a metrics.csv. Does nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with open(metrics, newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["step"]))
+    rate = next((name for name in rows[0] if name.startswith("lr")), "lr")  # its name ends in that of the optimiser
+
+    def values(name: str, factor: float = 1) -> dict[int, float]:
+        """By step. After a resume the rows of repeated steps come twice; the later ones count."""
+        return {int(row["step"]): factor * float(row[name]) for row in rows if row.get(name)}
+
+    first = next(row for row in rows if row["epoch"])
+    ends = {int(first["step"]): int(first["epoch"])}  # the position in epochs at these steps
+    ends |= {step: int(epoch) + 1 for step, epoch in values("epoch").items() if step in values("val_loss")}
+    panels = {
+        "loss": {"training": values("train_loss"), "validation": values("val_loss")},
+        "accuracy, %": {"top-1": values("val_top1", 100), "top-5": values("val_top5", 100)},
+        "learning rate": {"": values(rate)},
+        "images/s": {"": values("train_images/s")},
+    }
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items()):
+        for label, curve in curves.items():
+            steps = sorted(curve)
+            epochs = numpy.interp(steps, list(ends), list(ends.values()))
+            axes.plot(epochs, [curve[step] for step in steps], label=label, marker="." if len(steps) < 50 else "")
+        axes.set(title=title, xlabel="epoch", xlim=(0, 1.02 * max(ends.values())))
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+class Results(pl.Callback):
+    """After each validation: its metrics go into the checkpoint, for export(), and into curves.png."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["metrics"] = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")}
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        folder = Path(trainer.loggers[0].log_dir)
+        try:
+            draw_curves(folder / "metrics.csv", folder / "curves.png")
+        except OSError as error:  # a picture is no reason to end a run
+            print(f"imagenet_train.py: {folder}/curves.png: {error.strerror}; continuing without it", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- command line
@@ -1562,20 +1710,58 @@ def number(kind: type, low: float, high: float = math.inf):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the defaults that tell something."""
+    """Shows the defaults, except those that say nothing or that the text itself states."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        stated = action.default is None or action.default is False or "default:" in action.help
+        return action.help if stated else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of a page of usage."""
+        self.exit(2, f"imagenet_train.py: {message}\n")
+
+    def parse_all(self, argv: list[str] | None) -> argparse.Namespace:
+        """As parse_args(), but an unknown flag is answered with the nearest known one."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            self.error(f"unrecognized argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return args
+
+
+def model_name(text: str) -> str:
+    """An argparse type: a classification model of torchvision.models."""
+    models = torchvision.models.list_models(module=torchvision.models)
+    if text not in models:
+        near = difflib.get_close_matches(text, models, 3)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(models)}"
+        raise argparse.ArgumentTypeError(f"torchvision has no model {text}; {advice}")
+    return text
+
+
+# Defaults of the flags, by the number of epochs.
+RECIPES: dict[str, dict[str, float]] = {
+    # NVIDIA's ResNet-50 v1.5, DeepLearningExamples, PyTorch/Classification/ConvNets: 77.1 % top-1.
+    "90": dict(
+        max_epochs=90, lr=0.256, momentum=0.875, weight_decay=1 / 32768, label_smoothing=0.1, warmup_epochs=8,
+        train_size=224, val_size=224, val_resize=256,
+    ),
+    # After FFCV's rn50_16_epochs.yaml, without its blurpool and flips in validation. There lr is 1.7 for a global batch
+    # of 4096, and its validation crop is 224/256 of the shorter side.
+    "16": dict(
+        max_epochs=16, lr=1.7 / 16, momentum=0.9, weight_decay=1e-4, label_smoothing=0.1, warmup_epochs=2,
+        progressive=128, train_size=192, val_size=256, val_resize=292,
+    ),
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a torchvision model on ImageNet from WebDataset shards.",
-        formatter_class=Help,
-        allow_abbrev=False,
+    parser = Parser(
+        description="Train a torchvision model on ImageNet from WebDataset shards.", formatter_class=Help, allow_abbrev=False
     )
     count, pixels, real = number(int, 1), number(int, 16, 4096), number(float, 0)
-    models = torchvision.models.list_models(module=torchvision.models)
 
     data = parser.add_argument_group("data")
     add = data.add_mutually_exclusive_group().add_argument
@@ -1588,11 +1774,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", metavar="N", type=count, default=256, help="images per device and step")
     add("--workers", metavar="N", type=number(int, 0), default=None,
         help="loader processes per rank (default: this rank's share of the cores)")
-    add("--train-size", metavar="PX", type=pixels, default=224, help="side of a training crop, pixels")
+    add("--train-size", metavar="PX", type=pixels, help="side of a training crop, pixels")
     add("--progressive", metavar="PX", type=pixels, default=None,
         help="begin with training crops of PX; they grow to --train-size between half and four fifths of the epochs")
-    add("--val-size", metavar="PX", type=pixels, default=224, help="side of the validation crop, pixels")
-    add("--val-resize", metavar="PX", type=pixels, default=256, help="shorter side before the validation crop, pixels")
+    add("--val-size", metavar="PX", type=pixels, help="side of the validation crop, pixels")
+    add("--val-resize", metavar="PX", type=pixels, help="shorter side before the validation crop, pixels")
     add("--shuffle", metavar="N", type=number(int, 0), default=2000,
         help="undecoded samples (about 110 KB each) in a worker's shuffle buffer")
     add("--cache", metavar="DIR", type=Path, default=None,
@@ -1601,19 +1787,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--timeout", metavar="S", type=number(float, 0.1), default=60, help="seconds without a byte that end a command")
     add("--max-bad", metavar="N", type=number(int, 0), default=100,
         help="undecodable training images that a rank leaves out and names in an epoch, before it is an error")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="decides weights, order, crops and flips")
-    add("--preview", metavar="FILE.png", type=Path, help="write a labelled sheet of a training batch, and exit")
-    add("--benchmark", metavar="STEPS", type=count, nargs="?", const=100,
-        help="measure loader, training step and both over STEPS (100) batches, say what limits, and exit")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides weights, order, crops and flips")
+    add("--preview", metavar="FILE.png", type=Path, help="draw the first training batch, each image beside its crop, and exit")
 
-    add = parser.add_argument_group("model and recipe (defaults: NVIDIA's ResNet-50 v1.5, 90 epochs)").add_argument
-    add("--model", metavar="NAME", choices=models, default="resnet50",
+    add = parser.add_argument_group("model and recipe").add_argument
+    add("--recipe", choices=RECIPES, default="90",
+        help="defaults of the flags below and of --max-epochs and the sizes: 90 epochs as NVIDIA published them for "
+        "ResNet-50 v1.5, or 16 in the manner of FFCV (growing crops of 128 to 192 px)")
+    add("--model", metavar="NAME", type=model_name, default="resnet50",
         help="any classification model of torchvision.models")
-    add("--lr", type=real, default=0.256, help="peak learning rate for a global batch of 256; scaled with the real one")
-    add("--momentum", type=number(float, 0, 1), default=0.875, help="of SGD")
-    add("--weight-decay", type=real, default=1 / 32768, help="not on norms and biases")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.1, help="share of the target spread over all classes")
-    add("--warmup-epochs", type=real, default=8, help="epochs of linear warm-up, at most half the run")
+    add("--weights", metavar="NAME|FILE", default=None,
+        help="start from torchvision's weights, such as IMAGENET1K_V1 or DEFAULT, or from a file: a state dict or a "
+        "checkpoint; the last layer stays random if it is for other classes")
+    add("--lr", type=real, help="peak learning rate for a global batch of 256; it is scaled with the actual one")
+    add("--momentum", type=number(float, 0, 1), help="momentum of SGD")
+    add("--weight-decay", type=real, help="weight decay, not applied to norms and biases (default: 1/32768)")
+    add("--label-smoothing", type=number(float, 0, 1), help="share of the target that is spread over all classes")
+    add("--warmup-epochs", type=real, help="epochs of linear warm-up, at most half of the run")
     add("--compile", action="store_true", help="compile the model with torch.compile")
 
     add = parser.add_argument_group("trainer (Lightning's names)").add_argument
@@ -1622,17 +1812,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num-nodes", metavar="N", type=count, default=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         help="machines; torchrun sets it")
     add("--precision", default=None, help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
-    add("--max-epochs", metavar="N", type=count, default=90, help="epochs to train")
+    add("--max-epochs", metavar="N", type=count, help="epochs to train")
     add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after as many steps; -1: no limit")
     add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="DIR", type=Path, default="./output", help="folder for checkpoints and logs")
+    add("--output", metavar="DIR", type=Path, default="./output",
+        help="folder in which each run creates version_N with its checkpoints, logs, curves.png and model.pt")
     add("--checkpoint-every", metavar="N", type=number(int, 0), default=0,
-        help="steps between checkpoints within an epoch; 0: at its end only")
+        help="steps between checkpoints within an epoch; 0: only at its end")
     add("--resume", metavar="PATH", nargs="?", const="", default=None,
-        help="go on from a checkpoint; without PATH from the last one in --output, if there is one")
-    args = parser.parse_args(argv)
+        help="continue from a checkpoint or the last one in a version folder; without PATH from the newest last.ckpt in "
+        "--output, if there is one")
+    add("--evaluate", action="store_true",
+        help="only validate --weights or --resume; images are sized as torchvision does it for weights with a NAME")
+
+    parser.set_defaults(**RECIPES["90"])  # for --help
+    parser.set_defaults(**RECIPES[parser.parse_all(argv).recipe])
+    args = parser.parse_all(argv)
+    if args.evaluate:
+        if (args.weights is None) == (args.resume is None):
+            parser.error("--evaluate: give --weights or --resume")
+        if named := named_weights(args.model, args.weights):
+            transforms = named.transforms()
+            parser.set_defaults(val_size=transforms.crop_size[0], val_resize=transforms.resize_size[0])
+            args = parser.parse_all(argv)
     if args.val_size > args.val_resize:
         parser.error(f"--val-size {args.val_size} does not fit into --val-resize {args.val_resize}")
     if args.progressive and args.progressive > args.train_size:
@@ -1642,26 +1846,68 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_checkpoint(args: argparse.Namespace, classes: int) -> Path | None:
-    """The checkpoint to go on from. TrainError if it is missing or unfit, or if a fresh run would overwrite one."""
-    last = args.output / "last.ckpt"
-    if args.resume is None and last.exists():
-        raise TrainError(f"{last}: exists; --resume to go on from it, --output for another folder, or remove it")
-    if args.resume == "" and not last.exists():
-        rank_zero_only(print)(f"--resume: no {last} yet, so this is a fresh start")
-    path = Path(args.resume) if args.resume else last
-    if not args.resume and not last.exists():
+def read_indexes(args: argparse.Namespace, splits: tuple[str, ...]) -> list[Index]:
+    """The indexes of these splits. TrainError if one can't be read or they do not fit each other."""
+    source = f"--imagenet={args.imagenet}" if args.imagenet else f"--shards={args.shards}"
+    if args.imagenet:
+        indexes = [read_tree(args.imagenet, split) for split in splits]
+    else:
+        indexes = [read_index(args.shards, split, args.retries, args.timeout, args.index) for split in splits]
+    if any(index.classes != indexes[0].classes for index in indexes):
+        raise TrainError(f"{source}: train and val have different classes; convert both from one tree")
+    if len(indexes[0].classes) < 2:
+        raise TrainError(f"{source}: has only the class {indexes[0].classes[0]}; training needs two or more")
+    return indexes
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The last.ckpt below --output that was written last."""
+    return max(output.glob("version_*/last.ckpt"), key=os.path.getmtime, default=None)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that --resume names; None if it names none, or if there is none yet."""
+    if args.resume is None:
         return None
+    if args.resume:
+        path = Path(args.resume)
+        return path / "last.ckpt" if path.is_dir() else path
+    return newest_checkpoint(args.output)
+
+
+def is_finished(path: Path, args: argparse.Namespace, classes: int) -> bool:
+    """Whether the run of this checkpoint has no steps left. TrainError if the checkpoint can't be continued."""
     try:
-        made = torch.load(path, mmap=True, weights_only=True)["hyper_parameters"]  # weights_only: it can run no code
-        odd = [f"{k} {made[k]} there, {v} here" for k, v in (("model", args.model), ("classes", classes)) if made[k] != v]
+        checkpoint = torch.load(path, mmap=True, weights_only=True)  # weights_only: no code in it is run
+        made, epochs = checkpoint["hyper_parameters"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        mismatches = [
+            f"{key} {made[key]} there, {value} here"
+            for key, value in (("model", args.model), ("classes", classes)) if made[key] != value
+        ]
+        step = checkpoint["global_step"]
     except OSError as error:
         raise TrainError(f"--resume={path}: {error.strerror}") from None
     except Exception as error:  # of many kinds: pickle's, zip's, a missing key
-        raise TrainError(f"--resume={path}: not a checkpoint of this program ({type(error).__name__})") from None
-    if odd:
-        raise TrainError(f"--resume={path}: made with {', '.join(odd)}; give the same, or another --output")
-    return path
+        raise TrainError(f"--resume={path}: not a checkpoint of this script ({type(error).__name__})") from None
+    if mismatches:
+        raise TrainError(f"--resume={path}: made with {', '.join(mismatches)}; give the same, or start without --resume")
+    if epochs >= args.max_epochs:
+        rank_zero_only(print)(f"--resume={path}: already at epoch {epochs} of {args.max_epochs}; raise --max-epochs to go on")
+    elif 0 <= args.max_steps <= step:
+        rank_zero_only(print)(f"--resume={path}: already at step {step} of {args.max_steps}; raise --max-steps to go on")
+    else:
+        return False
+    return True
+
+
+def version_folder(output: Path, checkpoint: Path | None) -> Path:
+    """The folder of this run: that of the last.ckpt that it continues, if it is in --output, or a new one.
+
+    Ranks that look at different moments may differ. Only rank 0 writes, so only its answer matters.
+    """
+    if checkpoint and checkpoint.name == "last.ckpt" and checkpoint.parent.parent.resolve() == output.resolve():
+        return output / checkpoint.parent.name
+    return Path(CSVLogger(output.absolute(), name="").log_dir)
 
 
 def make_cache(folder: Path | None) -> Path | None:
@@ -1680,34 +1926,62 @@ def make_cache(folder: Path | None) -> Path | None:
         return None
 
 
-def make_model(args: argparse.Namespace, index: Index, images: int) -> Classifier:
-    """The model as the flags want it, for this index's classes and `images` images in validation."""
+def make_model(args: argparse.Namespace, index: Index, images: int, weights: str | None = None) -> Classifier:
+    """The model for this index's classes and `images` images in validation, with the weights of a name or a file."""
     recipe = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "seed", "compile")
-    return Classifier(classes=len(index.classes), images=images, **{name: getattr(args, name) for name in recipe})
+    classes = len(index.classes)
+    module = Classifier(classes=classes, images=images, **{name: getattr(args, name) for name in recipe})
+    if weights:
+        try:
+            new_layer = load_weights(module.model, read_weights(args.model, weights), classes)
+        except ValueError as error:
+            raise TrainError(f"{weights}: not for --model={args.model}: {error}") from None
+        if new_layer and args.evaluate:
+            raise TrainError(f"{weights}: for another number of classes than the {classes} of the images; nothing to evaluate")
+        if new_layer:
+            rank_zero_only(print)(f"{weights}: for another number of classes, so {' and '.join(new_layer)} start at random")
+    return module
 
 
-def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
-    """Lightning's Trainer as the flags want it, or else `changes`; TrainError for a device or precision not to be had."""
+class AppendingWriter(ExperimentWriter):
+    """CSVLogger's writer deletes the metrics.csv of a run that is resumed; this one appends to it."""
+
+    def _check_log_dir_exists(self) -> None:
+        with contextlib.suppress(FileNotFoundError), open(self.metrics_file_path, newline="") as file:
+            self.metrics_keys = next(csv.reader(file), [])
+
+
+def make_loggers(folder: Path) -> list[Logger]:
+    """Logs in this folder, those of TensorBoard if it is installed."""
+    place = dict(save_dir=folder.parent, name="", version=folder.name)
+    loggers = [CSVLogger(**place)]
+    if rank_zero_only.rank == 0:
+        loggers[0]._experiment = AppendingWriter(str(folder))
+    with contextlib.suppress(ModuleNotFoundError):
+        loggers.append(TensorBoardLogger(**place))
+    return loggers
+
+
+def make_trainer(args: argparse.Namespace, folder: Path, **changes) -> pl.Trainer:
+    """Lightning's Trainer as the flags want it, or else `changes`. TrainError for a device or precision that is not there.
+
+    folder: of the run, for checkpoints
+    """
     precision = args.precision
     if precision is None:
         gpu = args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    output = args.output.absolute()
-    loggers = [CSVLogger(output, name="logs")]
-    try:
-        loggers.append(TensorBoardLogger(output, name="logs", version=loggers[0].version))
-    except ModuleNotFoundError:
-        pass  # TensorBoard is not installed
     callbacks = [
+        Results(),
         ProgressBar(),
-        SigtermHandler(output / "last.ckpt"),
-        ModelCheckpoint(output, "best", monitor="val_top1", mode="max", enable_version_counter=False),
-        LastCheckpoint(output / "last.ckpt", args.checkpoint_every),  # last, because it saves the best one's state too
+        SigtermHandler(folder / "last.ckpt"),
+        ModelCheckpoint(folder, "best", monitor="val_top1", mode="max", enable_version_counter=False),
+        LastCheckpoint(folder / "last.ckpt", args.checkpoint_every),  # last, because it saves the best one's state too
     ]
     options = dict(
         accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,
         max_epochs=args.max_epochs, max_steps=args.max_steps, log_every_n_steps=args.log_every,
-        logger=loggers, callbacks=callbacks, default_root_dir=output, plugins=[AtomicCheckpointIO()],
+        logger=False, callbacks=callbacks, default_root_dir=folder, plugins=[AtomicCheckpointIO()],
         enable_model_summary=False, enable_progress_bar=False,
         num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True,
         reload_dataloaders_every_n_epochs=1,  # so that Lightning asks for the length of every epoch
@@ -1719,189 +1993,148 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
         raise TrainError(f"{flags}: {str(error).splitlines()[0]}") from None
 
 
-# ---------------------------------------------------------------- benchmark
+def make_configs(args: argparse.Namespace, indexes: list[Index], world: int, workers: int) -> list[LoaderConfig]:
+    """How to load the training split, if it is in the list, and then the validation split."""
+    common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout, workers=workers,
+                  world=world, cache=None if args.imagenet else make_cache(args.cache))
+    configs = [LoaderConfig(indexes[-1], False, size=args.val_size, resize=args.val_resize, **common)]
+    for index in indexes[:-1]:
+        shuffle = 0 if index.tree else args.shuffle  # a tree's files come shuffled
+        configs.insert(0, LoaderConfig(
+            index, True, size=args.train_size, first_size=args.progressive or 0, epochs=args.max_epochs, shuffle=shuffle,
+            max_bad=args.max_bad, **common,
+        ))
+        if index.total < args.batch_size * world:
+            raise TrainError(f"--batch-size={args.batch_size} × {world} ranks: more than the {index.total} training images; "
+                             "give a smaller one")
+    return configs
 
 
-def image_bytes(index: Index) -> float:
-    """Bytes to read for an image, on average; of a tree, by a thousand of its files."""
-    if not index.tree:
-        return sum(index.sizes) / index.total
-    names = random.Random(0).sample(index.names, min(1000, index.total))
-    return sum(os.path.getsize(Path(index.prefix, name)) for name in names) / len(names)
-
-
-class OneBatch(Loader):
-    """The same batch, on the device from the start, again and again: training as if loading cost nothing."""
-
-    def __init__(self, config: LoaderConfig, device: torch.device, **options) -> None:
-        super().__init__(config, **options)
-        size = config.crop(self.epoch)
-        self.images = torch.randint(0, 256, (config.batch, size, size, 3), dtype=torch.uint8, device=device)
-        self.labels = torch.randint(0, len(config.index.classes), (config.batch,), device=device)
-
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        for _ in range(len(self) - self.done):
-            self.advance()
-            yield [self.images, self.labels]
-
-
-def device_clock() -> float:
-    """Seconds, once the device has done its work: it is behind."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class Stopwatch(pl.Callback):
-    """The seconds that all steps after the first `skip` take, the device's part included."""
-
-    def __init__(self, skip: int) -> None:
-        self.skip = skip
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.global_step == self.skip:
-            self.begun = device_clock()
-        if trainer.global_step == trainer.max_steps:
-            self.seconds = device_clock() - self.begun
-
-
-def verdict(load: float, step: float, workers: int, cores: int, device: str) -> str:
-    """What limits, and what to do, from images/s of the loader and of the step alone; cores and workers a rank."""
-    need = math.ceil(max(workers, 1) * step / load)
-    if load >= step:
-        return f"step-bound: {device} takes {step:,.0f}, the loader would give {load / step:.1f} times as many"
-    if need <= cores:
-        return f"input-bound: {workers} workers give {load:,.0f}, {device} takes {step:,.0f}: use --workers={need}"
-    return (
-        f"input-bound: {device} takes {step:,.0f}, for which it needs {need} workers a rank on as many cores, not {cores}: "
-        "smaller images (imagenet_shards.py --resize, --train-size) need fewer"
-    )
-
-
-def timed_fit(
-    args: argparse.Namespace, config: LoaderConfig, skip: int, count: int, one_batch: bool
-) -> tuple[float, pl.Trainer]:
-    """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
-    watch = Stopwatch(skip)
-    trainer = make_trainer(
-        args, callbacks=[watch, SigtermHandler(args.output / "last.ckpt"), ProgressBar()], logger=False, enable_checkpointing=False, limit_val_batches=0,
-        max_epochs=1, max_steps=skip + count,
-    )
-    make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else Loader
-    trainer.fit(make_model(args, config.index, 0), datamodule=ImageNetData(config, config, make))
-    return watch.seconds, trainer
-
-
-def benchmark(args: argparse.Namespace, config: LoaderConfig, cores: int) -> None:
-    """Print images/s, of all ranks, of the loader alone, the training step alone and both; and what limits them.
-
-    cores: of this machine, for each of its ranks.
-    """
-    skip = 5 + 2 * config.workers  # the workers make two batches ahead each, which must not count
-    count = min(args.benchmark, config.steps - skip)
-    if count < 1:
-        raise TrainError(
-            f"--benchmark: an epoch has {config.steps} batches, too few for {skip} to warm up and one to measure; "
-            "give a smaller --batch-size or fewer --workers"
-        )
-    images = count * config.batch * config.world
-
-    seconds, trainer = timed_fit(args, config, skip, count, one_batch=True)
-    step = images / seconds
-    trainer.strategy.barrier()  # all ranks load at once, as in training
-    batches = iter(Loader(replace(config, rank=trainer.global_rank)))
-    for _ in itertools.islice(batches, skip):
-        pass
-    begun = time.perf_counter()
-    for _ in itertools.islice(batches, count):
-        pass
-    load = images / (time.perf_counter() - begun)
-    batches.close()
-    both = images / timed_fit(args, config, skip, count, one_batch=False)[0]
-
-    device = trainer.strategy.root_device.type
-    rank_zero_only(print)(
-        f"loader alone   {load:9,.1f} images/s, {load * image_bytes(config.index) / 1e6:,.1f} MB/s read\n"
-        f"step alone     {step:9,.1f} images/s, with a batch that is on {device} already\n"
-        f"both together  {both:9,.1f} images/s, {both / min(load, step):.0%} of the slower one\n"
-        f"{verdict(load, step, config.workers, cores, device)}"
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Cheap checks first, then what is asked for. TrainError for what the user can mend."""
-    place = f"--imagenet={args.imagenet}" if args.imagenet else f"--shards={args.shards}"
-    if args.imagenet:
-        splits = {split: read_tree(args.imagenet, split) for split in ("train", "val")}
-    else:
-        splits = {
-            split: read_index(args.shards, split, args.retries, args.timeout, args.index) for split in ("train", "val")
-        }
-    if splits["train"].classes != splits["val"].classes:
-        raise TrainError(f"{place}: train and val have different classes; convert both from one tree")
-    index, images = splits["train"], splits["val"].total
-    check_sizes(args.model, args.train_size, args.val_size, args.progressive or args.train_size)
-    checkpoint = None if args.benchmark else find_checkpoint(args, len(index.classes))
-
-    common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout,
-                  cache=None if args.imagenet else make_cache(args.cache))
-    train = LoaderConfig(
-        index, True, size=args.train_size, first_size=args.progressive or 0, epochs=args.max_epochs,
-        shuffle=0 if index.tree else args.shuffle, max_bad=args.max_bad, **common,  # a tree's files come shuffled
-    )
-    if args.preview:
-        return preview(replace(train, batch=min(train.batch, 64, index.total)), args.preview)
-    trainer = make_trainer(args)
-    world = trainer.world_size
+def cores_per_rank(trainer: pl.Trainer) -> int:
+    """This machine's cores, divided among its ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = max(1, cores // (world // trainer.num_nodes))  # for a rank
-    workers = cores if args.workers is None else args.workers
-    train = replace(train, workers=workers, world=world)
-    val = LoaderConfig(splits["val"], False, size=args.val_size, resize=args.val_resize, workers=workers, **common)
-    if train.index.total < args.batch_size * world:
-        raise TrainError(
-            f"--batch-size={args.batch_size} × {world} ranks: more than the {index.total} training images; "
-            "give a smaller one"
-        )
-    rank_zero_only(print)(
-        f"{args.model} on {world} {trainer.strategy.root_device.type} × {workers} workers, {trainer.precision}: "
-        f"{index.total:,} train images in {len(index.names):,} {'files' if index.tree else 'shards'}, "
-        f"{images:,} val in {len(splits['val'].names):,}, {len(index.classes)} classes; {train.steps:,} batches of "
-        f"{args.batch_size} × {world} an epoch; from {args.imagenet or args.shards}"
+    return max(1, cores // (trainer.world_size // trainer.num_nodes))
+
+
+def summary(args: argparse.Namespace, trainer: pl.Trainer, configs: list[LoaderConfig]) -> str:
+    """One line: devices, images, steps, source."""
+    parts = []
+    for config, split in zip(configs[::-1], ("val", "train")):
+        parts.insert(0, f"{config.index.total:,} {split} images in {len(config.index.names):,} "
+                        f"{'files' if config.index.tree else 'shards'}")
+    parts.append(f"{len(configs[0].index.classes)} classes")
+    steps = f"{configs[0].steps:,} batches of {args.batch_size} × {trainer.world_size}"
+    return (
+        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {configs[0].workers} workers, "
+        f"{trainer.precision}: {', '.join(parts)}; {steps}{' an epoch' * configs[0].training}; "
+        f"from {args.imagenet or args.shards}"
     )
+
+
+def write_metrics(path: Path, args: argparse.Namespace, metrics: dict[str, float]) -> None:
+    """metrics.json: what was measured, on what."""
+    settings = {"model": args.model, "val_size": args.val_size, "val_resize": args.val_resize}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings | metrics, indent=2) + "\n")
+
+
+@rank_zero_only
+def export(folder: Path, args: argparse.Namespace) -> None:
+    """Write model.pt, the state dict of the best epoch for torchvision's get_model(), and its metrics.json."""
+    best, paths = folder / "best.ckpt", [folder / "model.pt", folder / "metrics.json"]
+    if best.exists():
+        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+        state = checkpoint["state_dict"].items()
+        with replacing(paths[0]) as temporary:
+            torch.save({key.removeprefix("model."): value for key, value in state if key.startswith("model.")}, temporary)
+        write_metrics(paths[1], args, {"epoch": checkpoint["epoch"] + 1, "step": checkpoint["global_step"]} | checkpoint["metrics"])
+    names = [path.name for path in (folder / "last.ckpt", best, *paths, folder / "curves.png") if path.exists()]
+    print(f"{folder}: {', '.join(names)}, metrics.csv")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Validate --weights, or the checkpoint of --resume, on all ranks. metrics.json goes into a new version folder."""
+    [index] = read_indexes(args, ("val",))
+    check_sizes(args.model, args.val_size)
+    weights = args.weights or find_checkpoint(args)
+    if not weights:
+        raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
+    folder = version_folder(args.output, None)
+    trainer = make_trainer(args, folder, callbacks=[ProgressBar(args.log_every)], enable_checkpointing=False)
+    workers = cores_per_rank(trainer) if args.workers is None else args.workers
+    [config] = make_configs(args, [index], trainer.world_size, workers)
+    model = make_model(args, index, index.total, str(weights))
+    rank_zero_only(print)(summary(args, trainer, [config]))
+    if note := preprocessing_note(args.model, str(weights)):
+        rank_zero_only(print)(note)
+    trainer.validate(model, datamodule=ImageNetData(None, config), verbose=False)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True)
+        result = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        write_metrics(folder / "metrics.json", args, {"weights": str(weights)} | result)
+        print(f"{folder}/metrics.json")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, from the start or from the checkpoint of --resume, in this run's version folder. Cheap checks come first."""
+    indexes = read_indexes(args, ("train", "val"))
+    index, classes = indexes[0], len(indexes[0].classes)
+    check_sizes(args.model, args.train_size, args.val_size, args.progressive or args.train_size)
+    if args.preview:
+        [config, _] = make_configs(args, indexes, world=1, workers=0)
+        return preview(replace(config, batch=min(config.batch, 32, index.total)), args.preview)
+    checkpoint = find_checkpoint(args)
+    folder = version_folder(args.output, checkpoint)
+    if checkpoint and is_finished(checkpoint, args, classes):
+        return export(checkpoint.parent, args)
+    if args.resume == "" and not checkpoint:
+        rank_zero_only(print)(f"--resume: no version_N/last.ckpt in {args.output} yet; starting from the beginning")
+    trainer = make_trainer(args, folder)
+    workers = cores_per_rank(trainer) if args.workers is None else args.workers
+    configs = make_configs(args, indexes, trainer.world_size, workers)
+    rank_zero_only(print)(summary(args, trainer, configs))
     pl.seed_everything(args.seed, verbose=False)
-    if args.benchmark:
-        return benchmark(args, train, cores)
-    data = ImageNetData(train, val)
-    trainer.fit(make_model(args, index, images), datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    kept = ", ".join(str(path) for path in (args.output / "best.ckpt", args.output / "last.ckpt") if path.exists())
-    rank_zero_only(print)(f"checkpoints: {kept}; log: {trainer.logger.log_dir}/metrics.csv")
+    model = make_model(args, index, indexes[1].total, None if checkpoint else args.weights)
+    if trainer.is_global_zero:  # as late as this: no failed check leaves a folder; and no other run's is taken
+        folder.mkdir(parents=True, exist_ok=checkpoint is not None and folder.resolve() == checkpoint.parent.resolve())
+    trainer.loggers = make_loggers(folder)
+    trainer.fit(model, datamodule=ImageNetData(*configs), ckpt_path=checkpoint, weights_only=True)
+    export(folder, args)
+
+
+def where_to_resume(output: Path) -> str:
+    newest = newest_checkpoint(output)
+    return f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     for name in ("pytorch_lightning", "lightning_fabric"):  # their tips; warnings still come through
         logging.getLogger(name).setLevel(logging.WARNING)
-    hush = "does not have many workers|exists and is not empty|smaller than the logging|find the monitored key|LeafSpec"
-    warnings.filterwarnings("ignore", f".*({hush}).*")  # Lightning's, of things that are meant so here
+    ignored = (
+        "does not have many workers|exists and is not empty|smaller than the logging|find the monitored key|LeafSpec"
+        "|The dirpath has changed"
+    )
+    warnings.filterwarnings("ignore", f".*({ignored}).*")  # Lightning's, of things that are meant so here
     try:
-        run(args)
+        evaluate(args) if args.evaluate else train(args)
+        return 0
     except TrainError as error:
-        print(f"imagenet_train.py: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # of an output that can't be written, mostly
-        print(f"imagenet_train.py: {error.filename or args.output}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        print(f"imagenet_train.py: --batch-size={args.batch_size}: the device has too little memory", file=sys.stderr)
-        return 1
+        message, status = str(error), 1
+    except OSError as error:  # mostly of an output that can't be written
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    except (RuntimeError, MemoryError) as error:
+        cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        memory = "this machine" if cpu else "the device"
+        message, status = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one", 1
     except SIGTERMException:
-        print(f"imagenet_train.py: SIGTERM: {args.output}/last.ckpt is saved; --resume goes on from it", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        message, status = f"SIGTERM: {where_to_resume(args.output)}", 128 + signal.SIGTERM
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
-        print("imagenet_train.py: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        message, status = f"interrupted: {where_to_resume(args.output)}", 128 + signal.SIGINT
+    print(f"imagenet_train.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

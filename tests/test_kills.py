@@ -25,7 +25,7 @@ STEPS = TRAIN_IMAGES // BATCH
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "out" / "last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(script.newest_checkpoint(folder / "out"), weights_only=True)["state_dict"]
 
 
 def run_apart(folder: Path, flags: list[str]) -> None:

@@ -922,13 +922,15 @@ class Classifier(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """TrainError unless all ranks start at the same position: each reads the checkpoint that its machine sees."""
-        loader, strategy = self.trainer.datamodule.loader, self.trainer.strategy
+        loader = self.trainer.datamodule.loader
         ours = loader.epoch, loader.done, self.global_step
-        first = strategy.broadcast(ours)
-        if not strategy.reduce_boolean_decision(ours == first):
+        positions = [ours] * self.trainer.world_size
+        if len(positions) > 1:
+            torch.distributed.all_gather_object(positions, ours)
+        if len(set(positions)) > 1:
             raise TrainError(
-                f"--resume: ranks would resume at different (epoch, batch, step): rank 0 at {first}, rank "
-                f"{self.global_rank} at {ours}; is --output a folder that all machines share?"
+                f"--resume: ranks would resume at different (epoch, batch, step): {positions}; is --output a folder "
+                "that all machines share?"
             )
 
     def on_train_batch_start(self, batch: list[torch.Tensor], batch_idx: int) -> None:
@@ -946,7 +948,8 @@ class Classifier(pl.LightningModule):
         # Dropout too is a function of (seed, step, rank): a resumed run draws what it would have drawn.
         # Not torch.manual_seed: without a GPU it writes down the whole stack, each time, for when one comes.
         generator = torch.cuda if self.device.type == "cuda" else torch.default_generator
-        generator.manual_seed((self.hparams.seed * 1_000_003 + self.global_step) * 100_003 + self.global_rank)
+        draw = random.Random(f"{self.hparams.seed}/{self.global_step}/{self.global_rank}")
+        generator.manual_seed(draw.getrandbits(63))
         # The sum over valid rows, divided by all rows: a sample has the same weight on every rank.
         options = dict(label_smoothing=self.hparams.label_smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
         return F.cross_entropy(self(images), labels, **options) / len(labels)
@@ -986,18 +989,18 @@ class Classifier(pl.LightningModule):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint in one step: whenever the run is killed, the old one or the new one is there, complete.
+    """Replaces a checkpoint in one step: whenever the run is killed, the old file or the new one is there, complete.
 
     Lightning writes to TMPDIR first and, if that is another file system, copies from there over the old checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: None = None) -> None:
         """TrainError if the disk is full or read-only."""
-        temporary = Path(f"{path}.tmp")  # always the same name, so that the next save replaces what a killed run left
-        data = io.BytesIO()
+        folder, data = Path(path).parent, io.BytesIO()
+        temporary = folder / "checkpoint.tmp"  # always this name: the next save replaces what a killed one left
         torch.save(checkpoint, data)
         try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(data.getbuffer())
                 file.flush()
@@ -1008,10 +1011,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 temporary.unlink()
             kept = "the previous one is kept" if os.path.exists(path) else "there is no previous one"
             raise TrainError(f"{path}: can't save the checkpoint: {error.strerror}; {kept}") from None
-        with contextlib.suppress(OSError):  # not all file systems can do this
-            folder = os.open(temporary.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        with contextlib.suppress(OSError):  # some network file systems can't sync a folder
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
 class LastCheckpoint(Checkpoint):
@@ -1024,17 +1027,12 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every, self.validation_due = path, every, False
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            for path in self.path.parent.glob("*.ckpt.tmp"):  # of a run that was killed while saving
-                path.unlink()
-
     def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
         wanted = trainer.global_step == trainer.max_steps or (self.every and trainer.global_step % self.every == 0)
         if wanted and trainer.datamodule.loader.done:  # after an epoch's last step validation comes, and saves
             trainer.save_checkpoint(self.path)
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
         if trainer.state.fn == "fit":
             self.validation_due = True
             trainer.save_checkpoint(self.path)
@@ -1044,7 +1042,7 @@ class LastCheckpoint(Checkpoint):
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"] |= {"ready": 1, "started": 1}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args) -> None:
         if trainer.datamodule.loader.done == 0:
             trainer.save_checkpoint(self.path)
 
@@ -1065,13 +1063,12 @@ class SigtermHandler(pl.Callback):
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint, self.requested, self.steps = checkpoint, False, 0
-        self.ended = threading.Event()
+        self.checkpoint, self.requested, self.steps, self.ended = checkpoint, False, 0, threading.Event()
 
-    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        trainer._accelerator_connector.cluster_environment.auto_requeue = False  # Slurm: no hpc_ckpt files
+    def setup(self, trainer: pl.Trainer, *args, **kwargs) -> None:
+        trainer._accelerator_connector.cluster_environment.auto_requeue = False  # on Slurm: Lightning's own checkpoints
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *args) -> None:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         # Python runs a signal's handler in the main thread, so not while that waits in a collective for another rank.
         # The byte in the wake-up descriptor comes at once.
@@ -1081,9 +1078,9 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self.on_train_start(trainer, module)
+    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
+        if trainer.state.fn == "validate":  # without training
+            self.on_train_start(trainer)
 
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
@@ -1094,40 +1091,33 @@ class SigtermHandler(pl.Callback):
             step = self.steps
             if self.ended.wait(SIGTERM_TIMEOUT):
                 return
-        found = f"--resume goes on from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        text = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {found}"
-        print(f"imagenet_train.py: {text}", file=sys.stderr, flush=True)
-        self.on_exception(trainer, trainer.lightning_module, TimeoutError())
+        resume = f"--resume continues from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
+        error = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}"
+        print(f"imagenet_train.py: {error}", file=sys.stderr, flush=True)
+        self.on_exception(trainer, None, TimeoutError())
         os._exit(128 + signal.SIGTERM)
 
-    def sync(self, trainer: pl.Trainer) -> bool:
-        """Whether SIGTERM had reached any rank by the previous call; the same on all ranks. To call after each step."""
+    def sync(self, trainer: pl.Trainer, *args) -> None:
+        """After each step: SIGTERMException, on all ranks, if SIGTERM had reached any of them by the previous step."""
         self.steps += 1
-        if trainer.world_size == 1:
-            return self.requested
-        store, step = torch.distributed.distributed_c10d._get_default_store(), self.steps
-        count = store.add(f"sigterm/{step}", 1 + (self.requested << 32))  # the lower half counts ranks
-        if count % (1 << 32) == trainer.world_size:
-            store.set(f"sigterm/{step}/any", str(count >> 32))
-            store.delete_key(f"sigterm/{step - 2}"), store.delete_key(f"sigterm/{step - 2}/any")  # all have read it
-        return step > 1 and int(store.get(f"sigterm/{step - 1}/any")) > 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
-        if self.sync(trainer) and trainer.datamodule.loader.done:  # after an epoch's last step validation is due
+        requested = self.requested
+        if trainer.world_size > 1:
+            store, key = torch.distributed.distributed_c10d._get_default_store(), "sigterm/{}".format
+            count = store.add(key(self.steps), 1 + (requested << 32))  # the lower half counts ranks
+            if count % (1 << 32) == trainer.world_size:  # the last rank: all have read the step before the previous
+                store.set(key(f"{self.steps}/any"), str(count >> 32))
+                store.delete_key(key(self.steps - 2)), store.delete_key(key(f"{self.steps - 2}/any"))
+            requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
+        # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
+        if requested and (trainer.validating or trainer.datamodule.loader.done):
             raise SIGTERMException
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, *args) -> None:
-        if self.sync(trainer):  # LastCheckpoint has saved
-            raise SIGTERMException
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
-        if self.sync(trainer):
-            raise SIGTERMException
+    on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync
 
     def on_train_end(self, *args) -> None:
         self.ended.set()
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule | None, exception: BaseException) -> None:
         """Also ends the ranks that Lightning started, which may wait for this one."""
         self.ended.set()
         if trainer.strategy.launcher:
@@ -1143,9 +1133,8 @@ class ProgressBar(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.bar = tqdm(disable=True)
+        self.bar, self.text = tqdm(disable=True), ""
         self.window: tuple[int, float, float] | None = None  # where the next entry starts: step, seconds waited, clock
-        self.text = ""
 
     def show(self, trainer: pl.Trainer, description: str, total: int, done: int = 0) -> None:
         self.bar.close()
@@ -1155,22 +1144,20 @@ class ProgressBar(pl.Callback):
             disable=None if trainer.is_global_zero else True,  # None: unless it is a terminal
         )
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Classifier, batch: list, batch_idx: int) -> None:
         if self.window is None:  # at the start and after validation, whose seconds are not counted
+            self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
             epoch = f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self.show(trainer, epoch, trainer.num_training_batches, batch_idx)
-            self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: list, batch_idx: int
+        self, trainer: pl.Trainer, module: Classifier, outputs: dict, batch: list, batch_idx: int
     ) -> None:
         self.bar.update()
         if trainer.global_step % trainer.log_every_n_steps:
             return
-        step, waited, clock = self.window
         loss = outputs["loss"].item()  # not self.log(…, prog_bar=True), which waits for the device in each step
+        step, waited, clock = self.window
         self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
         seconds = self.window[2] - clock
         speed = (self.window[0] - step) * len(batch[1]) * trainer.world_size / seconds
@@ -1182,10 +1169,10 @@ class ProgressBar(pl.Callback):
         self.text = f"loss {loss:.3f}, {speed:,.0f} img/s, wait {wait:.0%}"
         self.bar.set_postfix_str(self.text)
         if self.bar.disable and trainer.is_global_zero:
-            print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, "
-                  f"step {batch_idx + 1}/{trainer.num_training_batches}: {self.text}", flush=True)
+            epoch = f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print(f"{epoch}, step {batch_idx + 1}/{trainer.num_training_batches}: {self.text}", flush=True)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, *args) -> None:
         self.window = None
         self.show(trainer, "Validation", trainer.num_val_batches[0])
 
@@ -1380,7 +1367,7 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
         accelerator=args.accelerator, devices=args.devices, num_nodes=args.num_nodes, precision=precision,
         max_epochs=args.max_epochs, max_steps=args.max_steps, log_every_n_steps=args.log_every,
         logger=loggers, callbacks=callbacks, default_root_dir=output, plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_progress_bar=False,  # ProgressBar is ours
         num_sanity_val_steps=0, use_distributed_sampler=False, benchmark=True,
     )
     try:

@@ -53,8 +53,9 @@ def test_the_data_is_on_disk_before_the_name(unique, tmp_path, monkeypatch):
     assert train(unique, tmp_path) == 0
     for name in ("last.ckpt", "best.ckpt"):
         file = f"{tmp_path}/{name}"
-        at = calls.index(f"{file}.tmp -> {file}")
-        assert calls[at - 1 : at + 2] == [f"{file}.tmp", f"{file}.tmp -> {file}", str(tmp_path)]
+        temporary = f"{tmp_path}/checkpoint.tmp"
+        at = calls.index(f"{temporary} -> {file}")
+        assert calls[at - 1 : at + 2] == [temporary, f"{temporary} -> {file}", str(tmp_path)]
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(unique, tmp_path, capsys):
@@ -87,8 +88,8 @@ def test_no_space_for_the_first_checkpoint(unique, tmp_path, capsys):
         os.system(f"umount '{disk}'")
 
 
-def test_files_of_killed_saves_are_removed(unique, tmp_path):
-    (tmp_path / "best.ckpt.tmp").write_bytes(b"half a checkpoint")
+def test_the_file_of_a_killed_save_is_replaced(unique, tmp_path):
+    (tmp_path / "checkpoint.tmp").write_bytes(b"half a checkpoint")
     assert train(unique, tmp_path, "--max-steps=1") == 0
     assert not list(tmp_path.glob("*.tmp"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN_IMAGES, VAL_IMAGES
+from conftest import VAL_IMAGES
 from ranks import assert_same_weights, exit_codes, log, run, start, steps, wait_for
 from test_train import HERE, SMALL
 
@@ -82,7 +82,7 @@ def test_sigterm_while_data_stalls(unique, tmp_path, monkeypatch, ranks, stalls,
         time.sleep(0.5)  # until it is in the collective
     [process.terminate() for process in processes]
     assert exit_codes(processes) == [SIGTERM_EXIT] * ranks, log(tmp_path)
-    said = f"--resume goes on from {tmp_path}/out/last.ckpt" if saved else "there is no checkpoint yet"
+    said = f"--resume continues from {tmp_path}/out/last.ckpt" if saved else "there is no checkpoint yet"
     for rank in range(ranks):
         assert f"SIGTERM: rank {rank} completed no step within 1 s; {said}\n" in log(tmp_path, rank)
     assert "Traceback" not in log(tmp_path)

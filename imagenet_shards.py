@@ -34,6 +34,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -169,7 +170,14 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    root: Path, split: str, seed: int, maxsize: float, maxcount: int, resize: int | None = None, quality: int = 90
+    root: Path,
+    split: str,
+    seed: int,
+    maxsize: float,
+    maxcount: int,
+    resize: int | None = None,
+    quality: int = 90,
+    blocksize: int = 64,
 ) -> Plan:
     """List one split and plan its shards; reads no image. ShardError as find_classes and list_images.
 
@@ -192,6 +200,7 @@ def make_plan(
         "images": len(images),
         "tree": tree.hexdigest(),
         "resize": resize and [resize, quality],
+        "blocksize": blocksize,
     }
     return Plan(root, split, classes, plan_shards(images, seed, maxsize, maxcount), recipe)
 
@@ -326,16 +335,40 @@ def shrink(data: bytes, pixels: int, quality: int) -> bytes:
     return stream.getvalue()
 
 
-class Checksummed:
-    """A stream to write to that keeps the size and the SHA-256 of what went through."""
+class ShardDigest:
+    """Size, SHA-256 and blocks of a shard whose bytes pass through update(), in order."""
+
+    def __init__(self) -> None:
+        self.size, self.sha256 = 0, hashlib.sha256()
+        self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without a gap, from offset 0 on
+        self._tail = bytearray()  # the bytes that follow the last block
+        self._ends: deque[tuple[int, int]] = deque()
+
+    def end_block(self, end: int, samples: int) -> None:
+        """A block of so many samples ends at this offset, whose bytes may come before or after this call."""
+        self._ends.append((end, samples))
+
+    def update(self, data: bytes) -> None:
+        self.size += len(data)
+        self.sha256.update(data)
+        self._tail += data
+        while self._ends and self._ends[0][0] <= self.size:
+            end, samples = self._ends.popleft()
+            offset = self.size - len(self._tail)
+            with memoryview(self._tail)[: end - offset] as block:
+                self.blocks.append([offset, end - offset, samples, zlib.crc32(block)])
+            del self._tail[: end - offset]
+
+
+class DigestWriter:
+    """A stream to write to that passes everything on, and keeps its digest."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
+        self.stream, self.digest = stream, ShardDigest()
 
     def write(self, data: bytes) -> None:
         self.stream.write(data)
-        self.size += len(data)
-        self.sha256.update(data)
+        self.digest.update(data)
 
 
 class Stopped(Exception):
@@ -402,7 +435,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
     name, skipped, resize = plan.name(number), [], plan.recipe["resize"]
     pattern = name.replace(f"{number:06d}", "%06d")
     with contextlib.suppress(Rejected), writing(locate(target.prefix, name)) as file:
-        stream = Checksummed(file)
+        stream, samples = DigestWriter(file), 0
         # mtime=0: a float time would add a kilobyte of PAX headers to every member, other bytes every run.
         options = dict(start_shard=number, maxsize=float("inf"), verbose=0, mtime=0, opener=lambda _: stream)
         with wds.ShardWriter(pattern, maxcount=len(images), **options) as shard:
@@ -419,15 +452,21 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
                     skipped.append([image.path, str(error)])
                 else:
                     shard.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
+                    samples += 1
+                    if samples % plan.recipe["blocksize"] == 0:
+                        stream.digest.end_block(shard.tarstream.tarstream.offset, plan.recipe["blocksize"])
                 count_done(image.size)
+            if rest := samples % plan.recipe["blocksize"]:
+                stream.digest.end_block(shard.tarstream.tarstream.offset, rest)
         if skipped and not skip_bad:
             raise Rejected
     return {
         "url": name,
-        "nsamples": len(images) - len(skipped),
-        "filesize": stream.size,
-        "sha256": stream.sha256.hexdigest(),
+        "nsamples": samples,
+        "filesize": stream.digest.size,
+        "sha256": stream.digest.sha256.hexdigest(),
         "skipped": skipped,
+        "blocks": stream.digest.blocks,
     }
 
 
@@ -554,6 +593,13 @@ def write_all(plan: Plan, target: Target, part: Part, entries: dict[int, dict], 
     print(f"# {plan.split}: {images / (time.monotonic() - begun):,.0f} images/s")
 
 
+def format_index(content: dict) -> str:
+    """The index as JSON with a line a shard: readable, and small."""
+    shards = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in content["shardlist"])
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "shardlist")
+    return "{\n" + ",\n".join(lines) + f',\n"shardlist": [\n{shards}\n]\n}}\n'
+
+
 def write_index(plan: Plan, target: Target, entries: dict[int, dict]) -> None:
     """Write imagenet-SPLIT.json, and remove the journals."""
     shardlist = [entries[number] for number in range(len(plan.shards))]
@@ -564,10 +610,11 @@ def write_index(plan: Plan, target: Target, entries: dict[int, dict]) -> None:
         "name": f"imagenet-{plan.split}",
         "shardlist": shardlist,
         "classes": plan.classes,
+        "class_names": None,
         "recipe": plan.recipe,
     }
     name = f"imagenet-{plan.split}.json"
-    write_text(name, json.dumps(content, indent=1) + "\n", target.prefix, str(target.record))
+    write_text(name, format_index(content), target.prefix, str(target.record))
     for journal in target.record.glob(f"imagenet-{plan.split}.*journal"):
         journal.unlink(missing_ok=True)
     skipped = sum(len(entry["skipped"]) for entry in shardlist)
@@ -732,6 +779,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the one shuffle over each split")
     add("--maxsize", metavar="BYTES", type=positive, default="1e9", help="a shard is closed when it holds as many")
     add("--maxcount", metavar="N", type=positive, default=100000, help="… or as many samples")
+    add("--block-size", metavar="N", type=positive, default=64,
+        help="samples in a block, the unit of which the index has a checksum and which a reader fetches")
     add("--workers", metavar="N", type=positive, default=cores, help="processes, each writing whole shards")
     add("--resize", metavar="PX", type=positive, default=None,
         help="shrink images to a shorter side of PX and encode them again; the same images in the same shards")
@@ -786,7 +835,7 @@ def main(argv: list[str] | None = None) -> int:
         root = args.imagenet.expanduser()
         if not root.is_dir():
             raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
-        limits = args.maxsize, int(args.maxcount), args.resize and int(args.resize), args.quality
+        limits = args.maxsize, int(args.maxcount), args.resize and int(args.resize), args.quality, int(args.block_size)
         plans = [make_plan(root, split, args.seed, *limits) for split in splits]
         target.record.mkdir(parents=True, exist_ok=True)
         if target.command:

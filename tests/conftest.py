@@ -67,6 +67,14 @@ def shards(tree, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def blocks(tree, tmp_path_factory) -> Path:
+    """The same shards, in blocks of 3 samples."""
+    folder = tmp_path_factory.mktemp("blocks")
+    assert convert(tree, folder, "--maxcount=7", "--block-size=3") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def unique(tmp_path_factory) -> Path:
     """Shards of a tree with one image a class in each split: here a label names an image."""
     root = tmp_path_factory.mktemp("unique")
@@ -75,5 +83,5 @@ def unique(tmp_path_factory) -> Path:
             path = root / "tree" / split / f"n{i:08d}" / f"{split}_{i}.JPEG"
             path.parent.mkdir(parents=True)
             Image.frombytes("RGB", (40, 36), random.Random(str(path.name)).randbytes(40 * 36 * 3)).save(path)
-    assert convert(root / "tree", root / "data", "--maxcount=9") == 0
+    assert convert(root / "tree", root / "data", "--maxcount=9", "--block-size=4") == 0
     return root / "data"

@@ -1,6 +1,7 @@
 """A real HTTP server that fails on demand."""
 
 import http.server
+import re
 import socket
 import struct
 import threading
@@ -9,36 +10,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+Fault = Callable[["Handler", bytes], None]
+Place = Callable[[bytes], int]  # a position in the bytes that were asked for
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves a folder. server.faults: file name → faults, one a request until they are used up."""
+    """Serves a folder, and ranges of its files. server.faults: file name → faults, one a request until they are used up."""
 
     def do_GET(self) -> None:
-        name = self.path.strip("/")
+        name = self.path.partition("?")[0].strip("/")
+        path = self.server.folder / name
+        data = path.read_bytes() if path.is_file() else None
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.server.ranges else None
+        self.partial = bool(match)
+        if match and data is not None:
+            first = int(match[1])
+            self.range = f"bytes {first}-{match[2]}/{len(data)}"
+            data = data[first : int(match[2]) + 1]
         self.server.requests.append(name)
         faults = self.server.faults.get(name)
         fault = faults.pop(0) if faults else serve
-        fault(self, (self.server.folder / name).read_bytes() if (self.server.folder / name).is_file() else None)
+        fault(self, data)
+
+    def begin(self, length: int | None) -> None:
+        """Status and headers of a good answer. length: what it says of itself, None: nothing."""
+        self.send_response(206 if self.partial else 200)
+        if self.partial:
+            self.send_header("Content-Range", self.range)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
 
     def log_message(self, *args) -> None:
         pass
 
 
-def serve(handler: Handler, data: bytes | None, length: int | None = None, status: int = 200) -> None:
+def serve(handler: Handler, data: bytes | None) -> None:
     if data is None:
-        return answer(404, "Not Found")(handler, None)
-    handler.send_response(status)
-    if length is not None or status == 200:
-        handler.send_header("Content-Length", str(len(data) if length is None else length))
-    handler.end_headers()
+        return answer(404, "Not Found")(handler, b"")
+    handler.begin(len(data))
     handler.wfile.write(data)
 
 
-def answer(status: int, text: str) -> Callable:
+def answer(status: int, text: str) -> Fault:
     """A page, in nginx's words."""
     page = f"<html>\r\n<head><title>{status} {text}</title></head>\r\n<body>\r\n<h1>{status} {text}</h1>\r\n</body>\r\n"
 
-    def fault(handler: Handler, data: bytes | None) -> None:
+    def fault(handler: Handler, data: bytes) -> None:
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(page)))
         handler.end_headers()
@@ -47,24 +65,21 @@ def answer(status: int, text: str) -> Callable:
     return fault
 
 
-def cut(at: int, tell: bool = True) -> Callable:
-    """The first `at` bytes, then the connection is closed. tell: it had said how many there would be."""
+def cut(place: Place, tell: bool = True) -> Fault:
+    """The first bytes, then the connection is closed. tell: the header says how many there would be."""
 
     def fault(handler: Handler, data: bytes) -> None:
-        handler.send_response(200)
-        if tell:
-            handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data[:at])
+        handler.begin(len(data) if tell else None)
+        handler.wfile.write(data[: place(data)])
 
     return fault
 
 
-def reset(at: int) -> Callable:
-    """The first `at` bytes, then a TCP reset."""
+def reset(place: Place) -> Fault:
+    """The first bytes, then a TCP reset."""
 
     def fault(handler: Handler, data: bytes) -> None:
-        cut(at)(handler, data)
+        cut(place)(handler, data)
         handler.wfile.flush()
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.connection.close()
@@ -72,46 +87,52 @@ def reset(at: int) -> Callable:
     return fault
 
 
-def stall(at: int, seconds: float = 20) -> Callable:
-    """The first `at` bytes, then nothing."""
+def stall(place: Place, seconds: float = 20) -> Fault:
+    """The first bytes, then nothing."""
 
     def fault(handler: Handler, data: bytes) -> None:
-        cut(at)(handler, data)
+        cut(place)(handler, data)
         handler.wfile.flush()
         handler.server.ended.wait(seconds)
 
     return fault
 
 
-def wrong_length(by: int) -> Callable:
+def wrong_length(by: int) -> Fault:
     """All bytes, under a Content-Length that says `by` more."""
-    return lambda handler, data: serve(handler, data, len(data) + by)
+
+    def fault(handler: Handler, data: bytes) -> None:
+        handler.begin(len(data) + by)
+        handler.wfile.write(data)
+
+    return fault
 
 
-def other_bytes(change: Callable[[bytes], bytes]) -> Callable:
-    """A whole answer of other bytes."""
+def other_bytes(change: Callable[[bytes], bytes]) -> Fault:
+    """A complete answer of other bytes."""
     return lambda handler, data: serve(handler, change(data))
 
 
-def down(seconds: float) -> Callable:
+def down(seconds: float) -> Fault:
     """From the first request on, every connection is reset for this long: use it as one fault of many."""
     begun: list[float] = []
 
     def fault(handler: Handler, data: bytes) -> None:
         begun.append(time.monotonic())
         if time.monotonic() - begun[0] < seconds:
-            return reset(0)(handler, data)
+            return reset(lambda data: 0)(handler, data)
         return serve(handler, data)
 
     return fault
 
 
 @contextmanager
-def fault_server(folder: Path) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server, with .url, .faults to set, and .requests made."""
+def fault_server(folder: Path, ranges: bool = True) -> Iterator[http.server.ThreadingHTTPServer]:
+    """The server, with .url, .faults to set, and .requests made. ranges: False for one that ignores them."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
         server.folder, server.faults, server.requests, server.ended = folder, {}, [], threading.Event()
+        server.ranges = ranges
         server.handle_error = lambda *args: None  # a reader may hang up
         server.url = f"http://127.0.0.1:{server.server_port}/"
         threading.Thread(target=server.serve_forever, daemon=True).start()

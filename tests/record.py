@@ -61,8 +61,8 @@ class Diary(pl.Callback):
         self.write(trainer, "val", batch)
 
 
-def with_diary(args, **changes):
-    trainer = make_trainer(args, **changes)
+def with_diary(args, folder, **changes):
+    trainer = make_trainer(args, folder, **changes)
     trainer.callbacks.append(Diary())
     return trainer
 

@@ -128,7 +128,7 @@ class Together(script.Loader):
     """One process's batches, each made of those that two ranks would get."""
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        ranks = [script.Loader(replace(self.reader, batch=BATCH, rank=rank, world=2)) for rank in (0, 1)]
+        ranks = [script.Loader(replace(self.config, batch=BATCH, rank=rank, world=2)) for rank in (0, 1)]
         for rank in ranks:
             rank.epoch = self.epoch
         for pair in zip(*ranks):
@@ -182,7 +182,7 @@ def check(folder: Path, alone: Path) -> None:
         assert len(trained) == 2 * STEPS and len(labels) == len(set(labels)) == 2 * STEPS * BATCH
         labels = [label for batch in seen.values() for label in batch if label != script.IGNORE_INDEX]
         assert sorted(labels) == list(range(VAL_IMAGES))
-    one, two = (torch.load(f / "out" / "last.ckpt", weights_only=True)["state_dict"] for f in (alone, folder))
+    one, two = (torch.load(script.newest_checkpoint(f / "out"), weights_only=True)["state_dict"] for f in (alone, folder))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -131,7 +131,7 @@ def test_verify_needs_no_imagenet(converted, desk):
 def test_training(converted, desk):
     out = desk.run("imagenet_train.py", *QUICK, "--max-epochs=1")
     assert "validated 30/30 images" in out
-    assert (desk.folder / "out" / "last.ckpt").stat().st_uid == desk.who["user"]
+    assert (desk.folder / "out" / "version_0" / "last.ckpt").stat().st_uid == desk.who["user"]
 
 
 def test_training_from_a_web_server_on_this_machine_by_curl_with_nothing_but_tmp_to_write_to(converted, desk):
@@ -142,7 +142,7 @@ def test_training_from_a_web_server_on_this_machine_by_curl_with_nothing_but_tmp
     with faults.fault_server(converted) as server:
         flags = [f"--shards=pipe:curl -s {server.url}", "--output=/output", *QUICK, "--max-epochs=1"]
         assert "validated 30/30 images" in engine("run", "--rm", *locked, *mount, IMAGE, "imagenet_train.py", *flags)
-    assert (desk.folder / "locked" / "last.ckpt").exists()
+    assert (desk.folder / "locked" / "version_0" / "last.ckpt").exists()
 
 
 def test_statuses_pass_through(desk):
@@ -175,7 +175,7 @@ def test_a_signal_ends_training(number, status, converted, desk):
     assert process.returncode == status, (seen + out)[-2000:]
     assert "Traceback" not in out
     if number == signal.SIGTERM:
-        assert (desk.folder / output / "last.ckpt").exists()
+        assert (desk.folder / output / "version_0" / "last.ckpt").exists()
 
 
 def test_interrupt_key_of_a_terminal(desk):

@@ -96,11 +96,11 @@ def test_a_command_as_it_stands(desk, tree, tmp_path, command):
             assert back.count("all as the index says") == 2
     if "--preview" in command:
         assert Image.open(desk / "preview.png").width > 100
-    elif "--benchmark" in command:
+    elif "limit.py" in command:
         results = re.findall("^(loader alone|step alone|both together) +[0-9,.]+ images/s", out, re.MULTILINE)
         assert len(results) == 3 and re.search("^(step|input)-bound: ", out, re.MULTILINE)
     elif "imagenet_train" in command:
-        assert "validated 30/30 images" in out and (desk / "output" / "last.ckpt").exists()
+        assert "validated 30/30 images" in out and (desk / "output" / "version_0" / "last.ckpt").exists()
     elif "--verify" in command:
         assert out.count("all as the index says") == 2
     else:
@@ -145,6 +145,6 @@ def test_demo(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     results = re.findall(r"validated 300/300 images: top-1 ([\d.]+) %", run.stdout)
     assert len(results) == 5 and float(results[-1]) >= 90
-    for name in ("preview.png", "data/imagenet-train.json", "output/last.ckpt", "output/best.ckpt"):
+    for name in ("preview.png", "data/imagenet-train.json", "output/version_0/last.ckpt", "output/version_0/best.ckpt"):
         assert (tmp_path / "demo" / name).exists()
         assert f"demo/{name.split('/')[0]}" in run.stdout

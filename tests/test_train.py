@@ -3,19 +3,16 @@
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES
-from PIL import Image
 
 import imagenet_train as script
 
@@ -25,20 +22,19 @@ SMALL = ["--model=shufflenet_v2_x0_5", "--train-size=32", "--val-size=32", "--va
          "--shuffle=5", "--log-every=2", "--accelerator=cpu"]
 
 
+def labels_in_order(shards: Path) -> list[int]:
+    """The label of every training sample, by its number."""
+    found = []
+    for name in sorted(shards.glob("imagenet-train-*.tar")):
+        with tarfile.open(name) as tar:
+            found += [int(tar.extractfile(m).read()) for m in tar if m.name.endswith(".cls")]
+    return found
+
+
 def diary(folder: Path, rank: int, kind: str, epoch: int | None = None) -> list[list[int]]:
     """The labels of every batch that a rank got."""
     lines = map(json.loads, (folder / f"rank-{rank}.jsonl").read_text().splitlines())
     return [labels for e, _, k, labels in lines if k == kind and epoch in (None, e)]
-
-
-def labels_of(shards: Path, split: str, order: list[int]) -> list[int]:
-    """The labels on an epoch's line: of all shards in this order."""
-    names = sorted(shards.glob(f"imagenet-{split}-*.tar"))
-    found = []
-    for shard in order:
-        with tarfile.open(names[shard]) as tar:
-            found += [int(tar.extractfile(m).read()) for m in tar if m.name.endswith(".cls")]
-    return found
 
 
 def record(folder: Path, *args: str, ranks: int = 1, workers: str = "2", **env: str) -> subprocess.CompletedProcess:
@@ -64,98 +60,19 @@ def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ran
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(f"validated {VAL_IMAGES}/{VAL_IMAGES} images") == 3 * 2  # by rank 0 only
     steps = TRAIN_IMAGES // (ranks * BATCH)
-    shard_count = len(list(unique.glob("imagenet-train-*.tar")))
-    orders = {}
-    for workers, epoch in itertools.product((0, 2, 3), (0, 1)):
+    index, labels = script.read_index(str(unique), "train"), labels_in_order(unique)
+    for workers, epoch, rank in itertools.product((0, 2, 3), (0, 1), range(ranks)):
         folder = tmp_path / f"workers-{workers}"
-        order = list(range(shard_count))
-        random.Random(f"0/{epoch}").shuffle(order)
-        line = labels_of(unique, "train", order)
-        for rank in range(ranks):
-            batches = diary(folder, rank, "train", epoch)
-            assert [len(batch) for batch in batches] == [BATCH] * steps
-            mine = line[rank * steps * BATCH : (rank + 1) * steps * BATCH]
-            assert sorted(itertools.chain(*batches)) == sorted(mine)
-            orders[workers, epoch, rank] = batches
-        seen = [diary(folder, rank, "val", epoch) for rank in range(ranks)]
+        division = script.Division(True, ranks, max(1, workers), BATCH, 5)
+        orders = [script.plan_reader(index, True, 0, epoch, [division], rank, w)[0] for w in range(division.workers)]
+        left = [iter([labels[number] for number in order]) for order in orders]
+        expected = [list(itertools.islice(left[n % division.workers], BATCH)) for n in range(steps)]
+        assert diary(folder, rank, "train", epoch) == expected
+    for workers, epoch in itertools.product((0, 2, 3), (0, 1)):
+        seen = [diary(tmp_path / f"workers-{workers}", rank, "val", epoch) for rank in range(ranks)]
         assert len({len(batches) for batches in seen}) == 1  # equal numbers: no rank waits for another
-        labels = [label for batches in seen for batch in batches for label in batch]
-        assert sorted(label for label in labels if label != script.IGNORE_INDEX) == list(range(VAL_IMAGES))
-    for workers in (0, 2, 3):
-        assert orders[workers, 0, 0] != orders[workers, 1, 0]
-
-
-def test_the_same_seed_repeats_and_another_does_not(unique):
-    def epoch(seed: int, workers: int) -> list[list[int]]:
-        index = script.read_index(str(unique), "train")
-        return [b[1].tolist() for b in script.Loader(script.LoaderConfig(index, True, BATCH, 32, 36, 9, seed, workers=workers))]
-
-    assert epoch(0, 0) == epoch(0, 0) != epoch(1, 0)
-    assert epoch(0, 2) == epoch(0, 2)
-
-
-def test_batches(unique):
-    index = script.read_index(str(unique), "val")
-    loader = script.Loader(script.LoaderConfig(index, False, 10, 32, 36, rank=1, world=3, workers=2))
-    batches = list(loader)
-    assert len(batches) == len(loader) == 2
-    for images, labels in batches:
-        assert images.shape == (10, 32, 32, 3) and images.dtype == torch.uint8
-        assert labels.shape == (10,) and labels.dtype == torch.int64
-    labels = torch.cat([labels for _, labels in batches])
-    assert (labels >= 0).sum() == 2 * VAL_IMAGES // 3 - VAL_IMAGES // 3 and not batches[-1][0][-1].any()
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
-def test_a_loader_goes_on_anywhere(unique, workers):
-    """From any place in the epoch, the rest of it is the same to the last pixel."""
-    index = script.read_index(str(unique), "train")
-    reader = script.LoaderConfig(index, True, BATCH, 32, 36, 9, workers=workers)
-    whole = [[part.clone() for part in batch] for batch in script.Loader(reader)]
-    for done in (1, 2, 5, len(whole) - 1):
-        loader = script.Loader(reader)
-        loader.load_state_dict(script.Loader(reader).state_dict() | {"done": done})
-        for (a, b), (c, d) in zip(loader, whole[done:], strict=True):
-            assert torch.equal(a, c) and torch.equal(b, d)
-        assert loader.state_dict()["epoch"] == 1 and loader.state_dict()["done"] == 0
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_batch_and_the_one_before_stay_as_they_are(unique, workers):
-    """Although their memory is used again: the workers have all the time to make what they may."""
-    loader = script.Loader(script.LoaderConfig(script.read_index(str(unique), "train"), True, BATCH, 32, workers=workers))
-    taken = []
-    for images, _ in loader:
-        taken.append((images, images.clone()))
-        time.sleep(0.1)
-        assert all(torch.equal(kept, clone) for kept, clone in taken[-2:])
-    assert len(taken) == 11 and len({images.data_ptr() for images, _ in taken}) <= 4 * workers
-
-
-def test_a_place_within_an_epoch_is_refused_with_other_settings(unique):
-    index = script.read_index(str(unique), "train")
-    state = script.Loader(script.LoaderConfig(index, True, BATCH, 32)).state_dict()
-    other = script.Loader(script.LoaderConfig(index, True, 2 * BATCH, 32, world=2))
-    other.load_state_dict(state | {"epoch": 3})  # between epochs anything may change
-    assert other.epoch == 3
-    with pytest.raises(script.TrainError, match=f"batch {BATCH} then, {2 * BATCH} now; world 1 then, 2 now"):
-        other.load_state_dict(state | {"done": 3})
-
-
-def test_a_worker_that_is_killed_is_one_clear_error(unique, monkeypatch):
-    monkeypatch.setattr(script, "decode", lambda *args, **kwargs: os.kill(os.getpid(), 9))
-    index = script.read_index(str(unique), "train")
-    with pytest.raises(script.TrainError, match="a loader process was killed .* fewer --workers"):
-        list(script.Loader(script.LoaderConfig(index, True, BATCH, 32, 36, workers=2)))
-
-
-def test_an_error_in_a_worker_is_one_line(unique, tmp_path):
-    folder = shutil.copytree(unique, tmp_path / "data")
-    (folder / "imagenet-train-000002.tar").unlink()
-    for workers in (0, 2):
-        with pytest.raises(script.TrainError, match=r"imagenet-train-000002\.tar: No such file") as error:
-            list(script.Loader(script.LoaderConfig(script.read_index(str(folder), "train"), True, BATCH, 32, workers=workers)))
-        assert "\n" not in str(error.value)
+        found = [label for batches in seen for batch in batches for label in batch]
+        assert sorted(label for label in found if label != script.IGNORE_INDEX) == list(range(VAL_IMAGES))
 
 
 # ---------------------------------------------------------------- the command line, in this process
@@ -169,28 +86,24 @@ def test_one_epoch(shards, tmp_path, capsys):
     assert train(f"pipe:cat {shards}/", tmp_path / "out", "--max-steps=4") == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"shufflenet_v2_x0_5 on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val in 5, 10 classes; "
+        r"shufflenet_v2_x0_5 on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val images in 5 shards, 10 classes; "
         rf"15 batches of 4 × 1 an epoch; from pipe:cat {shards}/", out)
-    assert {"last.ckpt", "logs"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"last.ckpt", "metrics.csv"} <= {path.name for path in (tmp_path / "out" / "version_0").iterdir()}
 
 
 def test_an_epoch_with_validation(shards, tmp_path, capsys):
     assert train(shards, tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert re.search(r"validated 30/30 images: top-1 [\d.]+ %, top-5 [\d.]+ %, loss [\d.]+ \(epoch 1, step 15\)", out)
-    assert (tmp_path / "out" / "best.ckpt").exists()
-    header, *lines = (tmp_path / "out" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert (tmp_path / "out" / "version_0" / "best.ckpt").exists()
+    header, *lines = (tmp_path / "out" / "version_0" / "metrics.csv").read_text().splitlines()
     assert {"train_loss", "train_images/s", "train_wait", "val_top1", "val_top5", "val_loss", "lr"} <= set(header.split(","))
     assert len(lines) >= 7
-    assert train(shards, tmp_path / "out") == 1  # it would overwrite last.ckpt
-    assert "last.ckpt: exists; --resume to go on from it" in capsys.readouterr().err
 
 
 def test_validation_that_misses_an_image_is_an_error(shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "pad", lambda batches, reader, count: itertools.islice(
-        batches, count))
     real = script.LoaderConfig.steps.fget
-    monkeypatch.setattr(script.LoaderConfig, "steps", property(lambda r: real(r) - (not r.training)))
+    monkeypatch.setattr(script.Loader, "__len__", lambda self: real(self.config) - (not self.config.training))
     assert train(shards, tmp_path / "out") == 1
     assert "validation saw 28 images, the index lists 30" in capsys.readouterr().err
 
@@ -232,28 +145,14 @@ def test_any_model_with_the_shards_classes(name):
     assert decayed and not any(n.endswith("bias") for n in decayed)
 
 
-def test_preview(shards, tmp_path, capsys):
-    path = tmp_path / "new folder" / "sheet.png"
-    assert train(shards, tmp_path / "out", f"--preview={path}", "--train-size=64", "--batch-size=9") == 0
-    assert str(path) in capsys.readouterr().out and not (tmp_path / "out").exists()
-    index = script.read_index(str(shards), "train")
-    images, _ = next(iter(script.Loader(script.LoaderConfig(index, True, 9, 64, shuffle=5))))
-    sheet = Image.open(path)
-    assert sheet.size == (3 * 94, 3 * 80)
-    for place in range(9):
-        left, top = place % 3 * 94, place // 3 * 80
-        crop = sheet.crop((left, top, left + 64, top + 64)).tobytes()
-        assert crop == images[place].numpy().tobytes()
-
-
 # ---------------------------------------------------------------- what users get wrong
 
 
 WRONG = {
-    "--shards=/nowhere": "/nowhere/imagenet-train.json: No such file or directory; make it with imagenet_shards.py",
+    "--shards=/nowhere": "--shards=/nowhere: no such folder; imagenet_shards.py makes it",
     "--base=gs://bucket/x": "name a command",
     "--resume=/nowhere.ckpt": "--resume=/nowhere.ckpt: No such file or directory",
-    "--resume=/etc/passwd": "--resume=/etc/passwd: not a checkpoint of this program",
+    "--resume=/etc/passwd": "--resume=/etc/passwd: not a checkpoint of this script",
     "--batch-size=61": "--batch-size=61 × 1 ranks: more than the 60 training images",
     "--accelerator=warp": "--accelerator=warp",
     "--devices=x": "--devices=x",
@@ -281,7 +180,7 @@ def test_bad_flags(shards, tmp_path, capsys, flag):
 
 def test_bare_resume_without_a_checkpoint_is_a_fresh_start(shards, tmp_path, capsys):
     assert train(shards, tmp_path / "out", "--resume", "--max-steps=2") == 0
-    assert f"no {tmp_path}/out/last.ckpt yet, so this is a fresh start" in capsys.readouterr().out
+    assert f"no version_N/last.ckpt in {tmp_path}/out yet; starting from the beginning" in capsys.readouterr().out
 
 
 def test_splits_of_different_trees_are_refused(shards, unique, tmp_path, capsys):

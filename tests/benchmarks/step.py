@@ -24,7 +24,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
+
+from limit import OneBatch, device_clock, timed_fit  # noqa: E402
 
 import imagenet_train as script  # noqa: E402
 
@@ -39,28 +41,28 @@ def bare(args: argparse.Namespace, reader: script.LoaderConfig) -> float:
     device, dtype = trainer.strategy.root_device, torch.bfloat16
     model = script.make_model(args, reader.index, 0).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=args.momentum, weight_decay=args.weight_decay)
-    batch = next(iter(script.OneBatch(reader, device)))
+    batch = next(iter(OneBatch(reader, device)))
     for step in range(SKIP + STEPS):
         if step == SKIP:
-            begun = script.device_clock()
+            begun = device_clock()
         with torch.autocast(device.type, dtype, enabled="bf16" in str(trainer.precision)):
             loss = F.cross_entropy(model(batch[0]), batch[1], label_smoothing=args.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return script.device_clock() - begun
+    return device_clock() - begun
 
 
 def trainer_of(args: argparse.Namespace, callbacks: list[pl.Callback]) -> pl.Trainer:
     return script.make_trainer(
-        args, callbacks=callbacks, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        args, args.output, callbacks=callbacks, enable_checkpointing=False, limit_val_batches=0,
         max_epochs=-1, max_steps=SKIP + STEPS, enable_progress_bar=False,
     )
 
 
 def trained(args: argparse.Namespace, reader: script.LoaderConfig, one_batch: bool) -> float:
     """Seconds of STEPS steps."""
-    return script.timed_fit(args, reader, SKIP, STEPS, one_batch)[0]
+    return timed_fit(args, reader, SKIP, STEPS, one_batch)[0]
 
 
 def trace(args: argparse.Namespace, reader: script.LoaderConfig, path: Path) -> None:

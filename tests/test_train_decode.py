@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from imagenet_train import Index, LoaderConfig, TrainError, center_crop, decode, end_below, random_crop, scale
+from imagenet_train import Index, LoaderConfig, TrainError, center_crop, decode, random_crop, resize, shorten_jpeg
 
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 
@@ -25,7 +25,7 @@ def jpeg(width: int, height: int, mode: str = "RGB", form: str = "JPEG", **optio
 
 
 def sample(data: bytes, label: bytes = b"3", key: str = "k") -> dict:
-    return {"__key__": key, "__shard__": "s.tar", "jpg": data, "cls": label}
+    return {"__key__": key, "__url__": "s.tar", "jpg": data, "cls": label}
 
 
 def run(item: dict, size: int = 224, resize: int = 256, training: bool = False, seed: int = 0, epoch: int = 0):
@@ -99,11 +99,11 @@ SCANS = {
 
 
 @pytest.mark.parametrize("name", SCANS)
-def test_a_jpeg_that_is_to_end_below_a_row_has_the_same_rows_above_it(name):
+def test_a_jpeg_that_is_to_shorten_jpeg_a_row_has_the_same_rows_above_it(name):
     data = jpeg(50, 70, quality=90, **SCANS[name])
     whole = Image.open(io.BytesIO(data))
     for bottom in range(1, 71):
-        image = Image.open(end_below(data, bottom))
+        image = Image.open(io.BytesIO(shorten_jpeg(data, bottom)))
         assert image.height == (70 if name == "progressive" else min(bottom + 2, 70))
         assert image.crop((0, 0, 50, bottom)).tobytes() == whole.crop((0, 0, 50, bottom)).tobytes()
 
@@ -111,12 +111,12 @@ def test_a_jpeg_that_is_to_end_below_a_row_has_the_same_rows_above_it(name):
 @pytest.mark.parametrize("end", [-2, -100, 300, 20, 2, 0])
 def test_a_cut_jpeg_is_decoded_whole(end):
     data = jpeg(50, 70)[:end]
-    assert end_below(data, 5).read() == data
+    assert shorten_jpeg(data, 5) == data
 
 
 def test_a_scaled_crop_is_contiguous():
     """If torch did not see that it is channels_last, to resize and to stack it would take twice the time."""
-    assert scale(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
+    assert resize(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
 
 
 ODD = {

@@ -75,7 +75,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import fsspec
-import numpy
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -1558,7 +1557,7 @@ class ProgressBar(pl.Callback):
         speed = (self.window[0] - step) * len(batch[1]) * trainer.world_size / seconds
         wait = (self.window[1] - waited) / seconds
         module.log_dict({
-            "epoch": trainer.current_epoch + 1.0, "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "epoch": trainer.datamodule.loader.position[1], "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train_loss": loss, "train_images/s": speed, "train_wait": wait,
         })
         self.text = f"loss {loss:.3f}, {speed:,.0f} img/s, wait {wait:.0%}"
@@ -1633,29 +1632,23 @@ def draw_curves(metrics: Path, path: Path) -> None:
     except ImportError:
         return
     with open(metrics, newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["step"]))
-    rate = next((name for name in rows[0] if name.startswith("lr")), "lr")  # its name ends in that of the optimiser
+        rows = list(csv.DictReader(file))
 
-    def values(name: str, factor: float = 1) -> dict[int, float]:
-        """By step. After a resume the rows of repeated steps come twice; the later ones count."""
-        return {int(row["step"]): factor * float(row[name]) for row in rows if row.get(name)}
+    def values(name: str, factor: float = 1) -> dict[float, float]:
+        """By position in epochs. After a resume the rows of repeated steps come twice; the later ones count."""
+        return {float(row["epoch"]): factor * float(row[name]) for row in rows if row.get(name)}
 
-    first = next(row for row in rows if row["epoch"])
-    ends = {int(first["step"]): int(first["epoch"])}  # the position in epochs at these steps
-    ends |= {step: int(epoch) + 1 for step, epoch in values("epoch").items() if step in values("val_loss")}
     panels = {
         "loss": {"training": values("train_loss"), "validation": values("val_loss")},
         "accuracy, %": {"top-1": values("val_top1", 100), "top-5": values("val_top5", 100)},
-        "learning rate": {"": values(rate)},
+        "learning rate": {"": values("lr")},
         "images/s": {"": values("train_images/s")},
     }
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items()):
         for label, curve in curves.items():
-            steps = sorted(curve)
-            epochs = numpy.interp(steps, list(ends), list(ends.values()))
-            axes.plot(epochs, [curve[step] for step in steps], label=label, marker="." if len(steps) < 50 else "")
-        axes.set(title=title, xlabel="epoch", xlim=(0, 1.02 * max(ends.values())))
+            axes.plot(*zip(*sorted(curve.items())), label=label, marker="." if len(curve) < 50 else "")
+        axes.set(title=title, xlabel="epoch", xlim=(0, None))
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         if len(curves) > 1:
@@ -2046,7 +2039,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
     folder = version_folder(args.output, None)
-    trainer = make_trainer(args, folder, callbacks=[ProgressBar(args.log_every)], enable_checkpointing=False)
+    trainer = make_trainer(args, folder, callbacks=[ProgressBar(), SigtermHandler(folder / "last.ckpt")], enable_checkpointing=False)
     workers = cores_per_rank(trainer) if args.workers is None else args.workers
     [config] = make_configs(args, [index], trainer.world_size, workers)
     model = make_model(args, index, index.total, str(weights))

@@ -74,7 +74,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import fsspec
-import numpy
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -1282,13 +1281,15 @@ class Classifier(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """TrainError unless all ranks start at the same position: each reads the checkpoint that its machine sees."""
-        loader, strategy = self.trainer.datamodule.loader, self.trainer.strategy
+        loader = self.trainer.datamodule.loader
         ours = loader.epoch, loader.done, self.global_step
-        first = strategy.broadcast(ours)
-        if not strategy.reduce_boolean_decision(ours == first):
+        positions = [ours] * self.trainer.world_size
+        if len(positions) > 1:
+            torch.distributed.all_gather_object(positions, ours)
+        if len(set(positions)) > 1:
             raise TrainError(
-                f"--resume: ranks would resume at different (epoch, batch, step): rank 0 at {first}, rank "
-                f"{self.global_rank} at {ours}; is --output a folder that all machines share?"
+                f"--resume: ranks would resume at different (epoch, batch, step): {positions}; is --output a folder "
+                "that all machines share?"
             )
 
     def on_train_batch_start(self, batch: list[torch.Tensor], batch_idx: int) -> None:
@@ -1348,18 +1349,18 @@ class Classifier(pl.LightningModule):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint in one step: whenever the run is killed, the old one or the new one is there, complete.
+    """Replaces a checkpoint in one step: whenever the run is killed, the old file or the new one is there, complete.
 
     Lightning writes to TMPDIR first and, if that is another file system, copies from there over the old checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: None = None) -> None:
         """TrainError if the disk is full or read-only."""
-        temporary = Path(f"{path}.tmp")  # always the same name, so that the next save replaces what a killed run left
-        data = io.BytesIO()
+        folder, data = Path(path).parent, io.BytesIO()
+        temporary = folder / "checkpoint.tmp"  # always this name: the next save replaces what a killed one left
         torch.save(checkpoint, data)
         try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(data.getbuffer())
                 file.flush()
@@ -1370,10 +1371,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 temporary.unlink()
             kept = "the previous one is kept" if os.path.exists(path) else "there is no previous one"
             raise TrainError(f"{path}: can't save the checkpoint: {error.strerror}; {kept}") from None
-        with contextlib.suppress(OSError):  # not all file systems can do this
-            folder = os.open(temporary.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        with contextlib.suppress(OSError):  # some network file systems can't sync a folder
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
 class LastCheckpoint(Checkpoint):
@@ -1386,17 +1387,12 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every, self.validation_due = path, every, False
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            for path in self.path.parent.glob("*.ckpt.tmp"):  # of a run that was killed while saving
-                path.unlink()
-
     def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
         wanted = trainer.global_step == trainer.max_steps or (self.every and trainer.global_step % self.every == 0)
         if wanted and trainer.datamodule.loader.done:  # after an epoch's last step validation comes, and saves
             trainer.save_checkpoint(self.path)
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
         if trainer.state.fn == "fit":
             self.validation_due = True
             trainer.save_checkpoint(self.path)
@@ -1406,7 +1402,7 @@ class LastCheckpoint(Checkpoint):
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"] |= {"ready": 1, "started": 1}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args) -> None:
         if trainer.datamodule.loader.done == 0:
             trainer.save_checkpoint(self.path)
 
@@ -1427,13 +1423,12 @@ class SigtermHandler(pl.Callback):
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint, self.requested, self.steps = checkpoint, False, 0
-        self.ended = threading.Event()
+        self.checkpoint, self.requested, self.steps, self.ended = checkpoint, False, 0, threading.Event()
 
-    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        trainer._accelerator_connector.cluster_environment.auto_requeue = False  # Slurm: no hpc_ckpt files
+    def setup(self, trainer: pl.Trainer, *args, **kwargs) -> None:
+        trainer._accelerator_connector.cluster_environment.auto_requeue = False  # on Slurm: Lightning's own checkpoints
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *args) -> None:
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         # Python runs a signal's handler in the main thread, so not while that waits in a collective for another rank.
         # The byte in the wake-up descriptor comes at once.
@@ -1443,9 +1438,9 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self.on_train_start(trainer, module)
+    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
+        if trainer.state.fn == "validate":  # without training
+            self.on_train_start(trainer)
 
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
@@ -1456,40 +1451,33 @@ class SigtermHandler(pl.Callback):
             step = self.steps
             if self.ended.wait(SIGTERM_TIMEOUT):
                 return
-        found = f"--resume goes on from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        text = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {found}"
-        print(f"imagenet_train.py: {text}", file=sys.stderr, flush=True)
-        self.on_exception(trainer, trainer.lightning_module, TimeoutError())
+        resume = f"--resume continues from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
+        error = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}"
+        print(f"imagenet_train.py: {error}", file=sys.stderr, flush=True)
+        self.on_exception(trainer, None, TimeoutError())
         os._exit(128 + signal.SIGTERM)
 
-    def sync(self, trainer: pl.Trainer) -> bool:
-        """Whether SIGTERM had reached any rank by the previous call; the same on all ranks. To call after each step."""
+    def sync(self, trainer: pl.Trainer, *args) -> None:
+        """After each step: SIGTERMException, on all ranks, if SIGTERM had reached any of them by the previous step."""
         self.steps += 1
-        if trainer.world_size == 1:
-            return self.requested
-        store, step = torch.distributed.distributed_c10d._get_default_store(), self.steps
-        count = store.add(f"sigterm/{step}", 1 + (self.requested << 32))  # the lower half counts ranks
-        if count % (1 << 32) == trainer.world_size:
-            store.set(f"sigterm/{step}/any", str(count >> 32))
-            store.delete_key(f"sigterm/{step - 2}"), store.delete_key(f"sigterm/{step - 2}/any")  # all have read it
-        return step > 1 and int(store.get(f"sigterm/{step - 1}/any")) > 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
-        if self.sync(trainer) and trainer.datamodule.loader.done:  # after an epoch's last step validation is due
+        requested = self.requested
+        if trainer.world_size > 1:
+            store, key = torch.distributed.distributed_c10d._get_default_store(), "sigterm/{}".format
+            count = store.add(key(self.steps), 1 + (requested << 32))  # the lower half counts ranks
+            if count % (1 << 32) == trainer.world_size:  # the last rank: all have read the step before the previous
+                store.set(key(f"{self.steps}/any"), str(count >> 32))
+                store.delete_key(key(self.steps - 2)), store.delete_key(key(f"{self.steps - 2}/any"))
+            requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
+        # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
+        if requested and (trainer.validating or trainer.datamodule.loader.done):
             raise SIGTERMException
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, *args) -> None:
-        if self.sync(trainer):  # LastCheckpoint has saved
-            raise SIGTERMException
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
-        if self.sync(trainer):
-            raise SIGTERMException
+    on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync
 
     def on_train_end(self, *args) -> None:
         self.ended.set()
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule | None, exception: BaseException) -> None:
         """Also ends the ranks that Lightning started, which may wait for this one."""
         self.ended.set()
         if trainer.strategy.launcher:
@@ -1505,9 +1493,8 @@ class ProgressBar(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.bar = tqdm(disable=True)
+        self.bar, self.text = tqdm(disable=True), ""
         self.window: tuple[int, float, float] | None = None  # where the next entry starts: step, seconds waited, clock
-        self.text = ""
 
     def show(self, trainer: pl.Trainer, description: str, total: int, done: int = 0) -> None:
         self.bar.close()
@@ -1517,37 +1504,35 @@ class ProgressBar(pl.Callback):
             disable=None if trainer.is_global_zero else True,  # None: unless it is a terminal
         )
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Classifier, batch: list, batch_idx: int) -> None:
         if self.window is None:  # at the start and after validation, whose seconds are not counted
+            self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
             epoch = f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self.show(trainer, epoch, trainer.num_training_batches, batch_idx)
-            self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: dict, batch: list, batch_idx: int
+        self, trainer: pl.Trainer, module: Classifier, outputs: dict, batch: list, batch_idx: int
     ) -> None:
         self.bar.update()
         if trainer.global_step % trainer.log_every_n_steps:
             return
-        step, waited, clock = self.window
         loss = outputs["loss"].item()  # not self.log(…, prog_bar=True), which waits for the device in each step
+        step, waited, clock = self.window
         self.window = trainer.global_step, trainer.datamodule.loader.waited, time.perf_counter()
         seconds = self.window[2] - clock
         speed = (self.window[0] - step) * len(batch[1]) * trainer.world_size / seconds
         wait = (self.window[1] - waited) / seconds
         module.log_dict({
-            "epoch": trainer.current_epoch + 1.0, "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "epoch": trainer.datamodule.loader.position[1], "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train_loss": loss, "train_images/s": speed, "train_wait": wait,
         })
         self.text = f"loss {loss:.3f}, {speed:,.0f} img/s, wait {wait:.0%}"
         self.bar.set_postfix_str(self.text)
         if self.bar.disable and trainer.is_global_zero:
-            print(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, "
-                  f"step {batch_idx + 1}/{trainer.num_training_batches}: {self.text}", flush=True)
+            epoch = f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print(f"{epoch}, step {batch_idx + 1}/{trainer.num_training_batches}: {self.text}", flush=True)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: pl.Trainer, *args) -> None:
         self.window = None
         self.show(trainer, "Validation", trainer.num_val_batches[0])
 
@@ -1613,29 +1598,23 @@ def draw_curves(metrics: Path, path: Path) -> None:
     except ImportError:
         return
     with open(metrics, newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["step"]))
-    rate = next((name for name in rows[0] if name.startswith("lr")), "lr")  # its name ends in that of the optimiser
+        rows = list(csv.DictReader(file))
 
-    def values(name: str, factor: float = 1) -> dict[int, float]:
-        """By step. After a resume the rows of repeated steps come twice; the later ones count."""
-        return {int(row["step"]): factor * float(row[name]) for row in rows if row.get(name)}
+    def values(name: str, factor: float = 1) -> dict[float, float]:
+        """By position in epochs. After a resume the rows of repeated steps come twice; the later ones count."""
+        return {float(row["epoch"]): factor * float(row[name]) for row in rows if row.get(name)}
 
-    first = next(row for row in rows if row["epoch"])
-    ends = {int(first["step"]): int(first["epoch"])}  # the position in epochs at these steps
-    ends |= {step: int(epoch) + 1 for step, epoch in values("epoch").items() if step in values("val_loss")}
     panels = {
         "loss": {"training": values("train_loss"), "validation": values("val_loss")},
         "accuracy, %": {"top-1": values("val_top1", 100), "top-5": values("val_top5", 100)},
-        "learning rate": {"": values(rate)},
+        "learning rate": {"": values("lr")},
         "images/s": {"": values("train_images/s")},
     }
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items()):
         for label, curve in curves.items():
-            steps = sorted(curve)
-            epochs = numpy.interp(steps, list(ends), list(ends.values()))
-            axes.plot(epochs, [curve[step] for step in steps], label=label, marker="." if len(steps) < 50 else "")
-        axes.set(title=title, xlabel="epoch", xlim=(0, 1.02 * max(ends.values())))
+            axes.plot(*zip(*sorted(curve.items())), label=label, marker="." if len(curve) < 50 else "")
+        axes.set(title=title, xlabel="epoch", xlim=(0, None))
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         if len(curves) > 1:
@@ -2026,7 +2005,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
     folder = version_folder(args.output, None)
-    trainer = make_trainer(args, folder, callbacks=[ProgressBar(args.log_every)], enable_checkpointing=False)
+    trainer = make_trainer(args, folder, callbacks=[ProgressBar(), SigtermHandler(folder / "last.ckpt")], enable_checkpointing=False)
     workers = cores_per_rank(trainer) if args.workers is None else args.workers
     [config] = make_configs(args, [index], trainer.world_size, workers)
     model = make_model(args, index, index.total, str(weights))

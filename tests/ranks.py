@@ -1,4 +1,4 @@
-"""Runs imagenet_train.py in forked processes, which saves the seconds of importing PyTorch: one process a rank, as torchrun would."""
+"""Runs imagenet_train.py in forked processes, one for each rank, which saves the seconds of importing PyTorch."""
 
 import json
 import multiprocessing
@@ -40,8 +40,8 @@ def start(folder: Path, *flags: str, ranks: int = 1, **env: str) -> list[BasePro
     folder.mkdir(exist_ok=True)
     if ranks > 1:
         flags = (*flags, f"--devices={ranks}")
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
-                "TORCHELASTIC_RUN_ID": "test"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        env |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}  # as torchrun does
     fork = multiprocessing.get_context("fork")
     processes = []
     for rank in range(ranks):
@@ -78,13 +78,14 @@ def wait_for(path: Path, pattern: str) -> None:
     pytest.fail(f"{pattern!r} never came in {path}")
 
 
-def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
-    (path,) = (folder / "out").rglob(name)
-    return torch.load(path, weights_only=True)["state_dict"]
+def checkpoint(folder: Path, name: str = "last.ckpt") -> dict:
+    """The one of this name below the folder."""
+    (path,) = folder.rglob(name)
+    return torch.load(path, weights_only=True)
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    ours, theirs = weights(a), weights(b)
+    ours, theirs = (checkpoint(folder)["state_dict"] for folder in (a, b))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == [] and ours.keys() == theirs.keys()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whatever happens during a save, the previous one or the new one is there, complete, and a run resumes from it."""
+"""Checkpoints: whatever happens during a save, the previous one or the new one is there, complete, to resume from."""
 
 import os
 import random
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import assert_same_weights, exit_codes, log, run, start, steps
-from test_faults import small_disk
+from ranks import assert_same_weights, checkpoint, exit_codes, log, run, start, steps
 from test_train import SMALL
+from test_train_blocks import small_disk
 
 import imagenet_train as script
 
@@ -38,10 +38,10 @@ def test_a_save_does_not_touch_the_previous_checkpoint(unique, tmp_path, elsewhe
     for resume, steps_before in (([], 0), (["--resume"], 2)):
         assert train(unique, tmp_path, f"--max-steps={2 + steps_before}", *resume) == 0
         if not resume:
-            os.link(tmp_path / "last.ckpt", tmp_path / "link")
+            os.link(tmp_path / "version_0" / "last.ckpt", tmp_path / "link")
             first = (tmp_path / "link").read_bytes()
-    assert (tmp_path / "link").read_bytes() == first != (tmp_path / "last.ckpt").read_bytes()
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert (tmp_path / "link").read_bytes() == first
+    assert checkpoint(tmp_path)["global_step"] == 4
 
 
 def test_the_data_is_on_disk_before_the_name(unique, tmp_path, monkeypatch):
@@ -51,10 +51,11 @@ def test_the_data_is_on_disk_before_the_name(unique, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"{a} -> {b}"), replace(a, b)))
     assert train(unique, tmp_path) == 0
+    folder = f"{tmp_path}/version_0"
     for name in ("last.ckpt", "best.ckpt"):
-        file = f"{tmp_path}/{name}"
-        at = calls.index(f"{file}.tmp -> {file}")
-        assert calls[at - 1 : at + 2] == [f"{file}.tmp", f"{file}.tmp -> {file}", str(tmp_path)]
+        rename = f"{folder}/checkpoint.tmp -> {folder}/{name}"
+        at = calls.index(rename)
+        assert calls[at - 1 : at + 2] == [f"{folder}/checkpoint.tmp", rename, folder]
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(unique, tmp_path, capsys):
@@ -63,15 +64,16 @@ def test_a_full_disk_keeps_the_previous_checkpoint(unique, tmp_path, capsys):
     small_disk(disk, "size=4700k")
     try:
         assert train(unique, disk, "--max-steps=2") == 0
-        previous = (disk / "last.ckpt").read_bytes()
+        last = disk / "version_0" / "last.ckpt"
+        previous = last.read_bytes()
         capsys.readouterr()
         assert train(unique, disk, "--max-steps=4", "--resume") == 1
-        error = f"{disk}/last.ckpt: can't save the checkpoint: No space left on device; the previous one is kept"
+        error = f"{last}: can't save the checkpoint: No space left on device; the previous one is kept"
         assert capsys.readouterr().err == f"imagenet_train.py: {error}\n"
-        assert (disk / "last.ckpt").read_bytes() == previous and not list(disk.glob("*.tmp"))
+        assert last.read_bytes() == previous and not list(disk.rglob("*.tmp"))
         assert os.system(f"mount -o remount,size=20m '{disk}'") == 0
         assert train(unique, disk, "--max-steps=4", "--resume") == 0
-        assert torch.load(disk / "last.ckpt", weights_only=True)["global_step"] == 4
+        assert checkpoint(disk)["global_step"] == 4
     finally:
         os.system(f"umount '{disk}'")
 
@@ -82,23 +84,24 @@ def test_no_space_for_the_first_checkpoint(unique, tmp_path, capsys):
     try:
         assert train(unique, disk, "--max-steps=2") == 1
         assert "No space left on device; there is no previous one\n" in capsys.readouterr().err
-        assert not list(disk.glob("*.ckpt*"))
+        assert not list(disk.rglob("*.ckpt")) and not list(disk.rglob("*.tmp"))
     finally:
         os.system(f"umount '{disk}'")
 
 
-def test_files_of_killed_saves_are_removed(unique, tmp_path):
-    (tmp_path / "best.ckpt.tmp").write_bytes(b"half a checkpoint")
+def test_the_file_of_a_killed_save_is_replaced(unique, tmp_path):
     assert train(unique, tmp_path, "--max-steps=1") == 0
-    assert not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "version_0" / "checkpoint.tmp").write_bytes(b"half a checkpoint")
+    assert train(unique, tmp_path, "--max-steps=2", "--resume") == 0
+    assert not list(tmp_path.rglob("*.tmp")) and checkpoint(tmp_path)["global_step"] == 2
 
 
 def test_the_best_score_survives_a_resume(unique, tmp_path):
     """last.ckpt knows the accuracy of the epoch that it ends: a worse one later does not replace best.ckpt."""
     assert train(unique, tmp_path) == 0
-    last, best = (torch.load(tmp_path / name, weights_only=True) for name in ("last.ckpt", "best.ckpt"))
+    last, best = checkpoint(tmp_path), checkpoint(tmp_path, "best.ckpt")
     (state,) = (value for key, value in last["callbacks"].items() if key.startswith("ModelCheckpoint"))
-    assert state["best_model_path"] == str(tmp_path / "best.ckpt") and state["best_model_score"] is not None
+    assert state["best_model_path"] == str(tmp_path / "version_0" / "best.ckpt") and state["best_model_score"] is not None
     assert last["global_step"] == best["global_step"] == 11
 
 
@@ -123,7 +126,7 @@ def test_two_ranks_killed_at_random_moments(unique, tmp_path, elsewhere):
             process.join(1)
             process.kill()
         exit_codes(processes)
-        for path in (folder / "out").glob("*.ckpt"):
+        for path in folder.rglob("*.ckpt"):
             torch.load(path, weights_only=True)
     assert kills >= 2, log(folder)
     run(folder, *flags, ranks=2)

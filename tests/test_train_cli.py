@@ -229,7 +229,7 @@ def test_resume_without_a_path_is_the_newest_run_and_keeps_its_log(shards, tmp_p
     assert train(shards, tmp_path, "--resume", "--max-epochs=2") == 0
     after = rows(tmp_path / "version_0")
     assert after[: len(before)] == before and len(after) > len(before)
-    assert [row["epoch"] for row in after if row["val_top1"]] == ["0", "1"]
+    assert [row["epoch"] for row in after if row["val_top1"]] == ["1.0", "2.0"]
     assert contents(tmp_path / "version_1") == second and not (tmp_path / "version_2").exists()
 
 
@@ -244,9 +244,9 @@ def test_resume_of_a_path(shards, tmp_path):
     assert contents(version) == before
     for number in (1, 2):
         log = rows(tmp_path / "out" / f"version_{number}")
-        assert [row["epoch"] for row in log if row["val_top1"]] == ["1"]
+        assert [row["epoch"] for row in log if row["val_top1"]] == ["2.0"]
     assert train(shards, tmp_path / "out", f"--resume={version}", "--max-epochs=2") == 0
-    assert [row["epoch"] for row in rows(version) if row["val_top1"]] == ["0", "1"]
+    assert [row["epoch"] for row in rows(version) if row["val_top1"]] == ["1.0", "2.0"]
     assert not (tmp_path / "out" / "version_3").exists()
 
 
@@ -284,7 +284,7 @@ def test_two_ranks_write_one_folder(unique, tmp_path, launcher):
         assert {"last.ckpt", "best.ckpt", "metrics.csv", "metrics.json", "model.pt"} <= files
         assert not [name for name in files if name.startswith(".")]
     epochs = [[row["epoch"] for row in rows(tmp_path / "out" / name) if row["val_top1"]] for name in sorted(found)]
-    assert epochs == [["0"], ["0", "1"]]
+    assert epochs == [["1.0"], ["1.0", "2.0"]]
     assert (tmp_path / "run-2" / "rank-1.jsonl").exists()
 
 
@@ -297,7 +297,7 @@ def test_the_best_epoch_is_exported(shards, tmp_path):
     metrics = json.loads((version / "metrics.json").read_text())
     measured = [row for row in rows(version) if row["val_top1"]]
     best = max(measured, key=lambda row: float(row["val_top1"]))
-    assert metrics["epoch"] == int(best["epoch"]) + 1 and metrics["step"] == 15 * metrics["epoch"]
+    assert metrics["epoch"] == float(best["epoch"]) and metrics["step"] == 15 * metrics["epoch"]
     assert {name: metrics[name] for name in ("val_top1", "val_top5", "val_loss")} == pytest.approx(
         {name: float(best[name]) for name in ("val_top1", "val_top5", "val_loss")})
     assert (metrics["model"], metrics["val_size"], metrics["val_resize"]) == ("shufflenet_v2_x0_5", 32, 36)

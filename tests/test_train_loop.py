@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from conftest import TRAIN_IMAGES, VAL_IMAGES, forked
-from ranks import log, run
+from ranks import assert_same_weights, checkpoint, log, run
 from test_train import BATCH, SMALL
 
 import imagenet_train as script
@@ -55,7 +55,7 @@ class Rates(pl.Callback):
 
 @pytest.fixture
 def rates(monkeypatch):
-    """Runs the script in this process with these flags and returns {(images used so far, step): groups' settings}."""
+    """Runs the script in this process with these flags; returns {(images used, step): settings of the groups}."""
     make = script.make_trainer
 
     def train(folder: Path, *flags: str) -> dict[tuple[int, int], list[tuple[float, float, float]]]:
@@ -88,7 +88,7 @@ def test_the_optimiser_gets_the_recipe(unique, tmp_path, rates):
 
 
 def test_after_a_resume_the_flags_decide(unique, tmp_path, rates):
-    """Other batch size, rate, momentum, weight decay and length: from there on, all is as in a run that had them from the start."""
+    """After another batch size, rate, momentum, weight decay and length, all is as in a run that always had them."""
     flags = [f"--shards={unique}", "--warmup-epochs=1"]
     new = ["--max-epochs=4", f"--batch-size={2 * BATCH}", "--lr=0.1", "--momentum=0.5", "--weight-decay=0.01"]
     rates(tmp_path / "out", *flags, "--max-epochs=1")
@@ -160,9 +160,9 @@ def test_rows_without_a_label_do_not_count_in_the_loss():
 def test_two_ranks_validate_the_model_that_is_saved(unique, tmp_path):
     """The loss that two ranks print is that of last.ckpt: the weights and rank 0's batch-norm statistics."""
     out = run(tmp_path, f"--shards={unique}", "--max-epochs=1", "--lr=0.01", ranks=2)
-    checkpoint = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
-    model = script.Classifier(**checkpoint["hyper_parameters"]).eval()
-    model.load_state_dict(checkpoint["state_dict"])
+    last = checkpoint(tmp_path)
+    model = script.Classifier(**last["hyper_parameters"]).eval()
+    model.load_state_dict(last["state_dict"])
     index = script.read_index(str(unique), "val")
     for batch in script.Loader(script.LoaderConfig(index, False, BATCH, 32, 36)):
         with torch.no_grad():
@@ -180,8 +180,7 @@ def test_a_resumed_run_draws_the_same_dropout(unique, tmp_path):
     for steps in ("--max-steps=4", "--max-steps=7", "--max-steps=-1"):
         assert script.main([*train, steps]) == 0
         torch.rand(100)  # the state of the generator does not matter
-    a, b = (torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_undecodable_images_of_all_ranks_are_counted(unique, tmp_path, monkeypatch):
@@ -219,9 +218,10 @@ def test_images_per_second_are_those_of_training_alone(unique, tmp_path, monkeyp
     assert speeds == [BATCH] * (33 // 2)
 
 
-def test_epochs_count_from_1_in_the_log(unique, tmp_path, rates):
+def test_the_log_has_the_position_in_epochs(unique, tmp_path, rates):
     rates(tmp_path, f"--shards={unique}", "--max-epochs=2", "--log-every=11")
-    assert [float(row["epoch"]) for row in rows(tmp_path)] == [1, 1, 2, 2]  # a row of training and one of validation each
+    logged = [float(row["epoch"]) for row in rows(tmp_path)]  # one row of training and one of validation an epoch
+    assert logged == pytest.approx([44 / 47, 1, 1 + 44 / 47, 2])
 
 
 def in_terminal(columns: int, *args: str) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM: all ranks save after the same step and exit with 143, whichever got the signal; a resumed run loses nothing."""
+"""SIGTERM: all ranks save after the same step and exit with 143, whichever got it; a resumed run loses nothing."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN_IMAGES, VAL_IMAGES
-from ranks import assert_same_weights, exit_codes, log, run, start, steps, wait_for
+from conftest import VAL_IMAGES
+from ranks import assert_same_weights, checkpoint, exit_codes, log, run, start, steps, wait_for
 from test_train import HERE, SMALL
 
 import imagenet_train as script
@@ -36,10 +36,9 @@ def test_sigterm_in_a_training_step(unique, tmp_path, undisturbed, ranks, term_a
     """An epoch has 11 steps on 1 rank and 5 on 2. In its last step the epoch's validation is repeated, not lost."""
     flags = [f"--shards={unique}", "--max-epochs=2"]
     out = run(tmp_path, *flags, ranks=ranks, expect=SIGTERM_EXIT, TERM_AT=str(term_at), TERM_RANK=str(rank))
-    last = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)
-    assert "SIGTERM" in out and last["global_step"] == step == len(steps(tmp_path))
+    assert "SIGTERM" in out and checkpoint(tmp_path)["global_step"] == step == len(steps(tmp_path))
     run(tmp_path, *flags, "--resume", ranks=ranks)
-    assert log(tmp_path, 0).count(VALIDATED) == 2 and (tmp_path / "out" / "best.ckpt").exists()
+    assert log(tmp_path, 0).count(VALIDATED) == 2 and checkpoint(tmp_path, "best.ckpt")
     for each in range(ranks):
         assert steps(tmp_path, each) == steps(undisturbed[ranks], each)
     assert_same_weights(tmp_path, undisturbed[ranks])
@@ -82,7 +81,7 @@ def test_sigterm_while_data_stalls(unique, tmp_path, monkeypatch, ranks, stalls,
         time.sleep(0.5)  # until it is in the collective
     [process.terminate() for process in processes]
     assert exit_codes(processes) == [SIGTERM_EXIT] * ranks, log(tmp_path)
-    said = f"--resume goes on from {tmp_path}/out/last.ckpt" if saved else "there is no checkpoint yet"
+    said = f"--resume continues from {tmp_path}/out/version_0/last.ckpt" if saved else "there is no checkpoint yet"
     for rank in range(ranks):
         assert f"SIGTERM: rank {rank} completed no step within 1 s; {said}\n" in log(tmp_path, rank)
     assert "Traceback" not in log(tmp_path)
@@ -126,7 +125,7 @@ def test_sigterm_to_rank_0_ends_the_ranks_that_it_started(unique, tmp_path):
     process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="7")
     assert process.wait(100) == SIGTERM_EXIT, (tmp_path / "log").read_text()
     assert_all_ended(process.pid)
-    assert torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert checkpoint(tmp_path)["global_step"] == 3
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

@@ -94,9 +94,9 @@ def timed_fit(
     args: argparse.Namespace, config: script.LoaderConfig, skip: int, count: int, one_batch: bool
 ) -> tuple[float, pl.Trainer]:
     """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
-    watch, bar = Stopwatch(skip), script.ProgressBar(args.log_every)
+    watch, bar = Stopwatch(skip), script.ProgressBar()
     trainer = script.make_trainer(
-        args, args.output, callbacks=[watch, script.SigtermHandler(), bar], enable_checkpointing=False, limit_val_batches=0,
+        args, args.output, callbacks=[watch, script.SigtermHandler(args.output / "last.ckpt"), bar], enable_checkpointing=False, limit_val_batches=0,
         max_epochs=1, max_steps=skip + count,
     )
     make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else script.Loader

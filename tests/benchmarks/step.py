@@ -79,7 +79,7 @@ def trace(args: argparse.Namespace, reader: script.LoaderConfig, path: Path) -> 
 
     profile = Profile()
     model = script.make_model(args, reader.index, 0)
-    trainer_of(args, [profile, script.SigtermHandler()]).fit(model, datamodule=script.ImageNetData(reader, reader))
+    trainer_of(args, [profile, script.SigtermHandler(args.output / "last.ckpt")]).fit(model, datamodule=script.ImageNetData(reader, reader))
     profile.profile.export_chrome_trace(str(path))
     waits = sum(event.count for event in profile.profile.key_averages() if event.key in WAITS)
     print(f"{path}: 10 steps, which waited {waits} times for the device")

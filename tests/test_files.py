@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_help_lists_every_command():
 @pytest.mark.parametrize("command", ["bogus", "venv", "fail", "container", ".*", "-x", "ls"])
 def test_what_is_no_command_is_refused_in_one_line(command):
     assert refused(call("./run", command)) == f"run: {command}: no such command; ./run help lists them"
+
+
+def test_pytest_gets_the_arguments_of_test_on_machines_without_nproc(tmp_path):
+    """As on macOS. The virtual environment is a stand-in in which all requirements are installed."""
+    (tmp_path / "tests").mkdir()
+    for name in ("run", "config.sh", "requirements.txt", "tests/requirements.txt"):
+        shutil.copy(TOP / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("requirements.txt", "tests/requirements.txt"):
+        shutil.copy(TOP / name, tmp_path / ".venv" / f"installed-{name.replace('/', '-')}")
+    for name in ("pip", "python"):
+        (tmp_path / ".venv" / "bin" / name).write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\nexit 3\n")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "cmp", "cut", "dirname", "grep", "sed"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    done = call(f"{tmp_path}/run", "test", "-m", "quick", "-k", "a b", PATH=f"{tmp_path}/bin", python=sys.executable)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.splitlines() == ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "quick", "-k", "a b"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -54,6 +54,9 @@ from PIL import Image as PillowImage
 from tqdm import tqdm
 
 
+SHARD_NAME, INDEX_NAME = "imagenet-{}-{:06d}.tar", "imagenet-{}.json"
+
+
 class ShardError(Exception):
     """A user-fixable error, in one line: the input, the problem, the remedy."""
 
@@ -70,6 +73,12 @@ def count(number: int, noun: str) -> str:
 def summarize(entries: list[dict[str, Any]]) -> str:
     samples, size = (sum(entry[field] for entry in entries) for field in ("nsamples", "filesize"))
     return f"{count(len(entries), 'shard')}, {count(samples, 'image')}, {format_bytes(size)}"
+
+
+def report(line: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()  # into a log file too
 
 
 # ---------------------------------------------------------------- tree → classes and images
@@ -159,7 +168,7 @@ def read_val_labels(root: Path, path: Path | None, files: list[str]) -> list[str
 
 
 def make_keys(classes: list[str], files: list[tuple[str, int]]) -> list[str]:
-    """A key per (path, label): the stems, if all are valid and different; otherwise CLASS-STEM, made valid and unique."""
+    """A key per (path, label): the stems if they are valid and unique, otherwise CLASS-STEM, made valid and unique."""
     stems = [os.path.splitext(os.path.basename(path))[0] for path, _ in files]
     if len(set(stems)) == len(stems) and all(map(KEY.fullmatch, stems)):
         return stems
@@ -178,8 +187,8 @@ def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[st
     train = find_classes(root, "train") if split == "val" and (root / "train").is_dir() else classes
     if classes:
         files = [(file, label) for label, name in enumerate(classes) for file in find_files(root / split / name)]
-        if empty := set(range(len(classes))) - {label for _, label in files}:
-            raise ShardError(f"{root / split / classes[min(empty)]}: no images in this class folder; add some or remove it")
+        if empty := sorted(set(range(len(classes))) - {label for _, label in files}):
+            raise ShardError(f"{root / split / classes[empty[0]]}: no images in this class folder; add some or remove it")
     else:
         names = find_files(root / split)
         wnids = read_val_labels(root, val_labels, names)
@@ -187,14 +196,14 @@ def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[st
         files = [(name, classes.index(wnid)) for name, wnid in zip(names, wnids)]
     if train and train != classes:  # a class that only one split has would shift the numbers of those after it
         differing = sorted(set(train) ^ set(classes))
-        raise ShardError(
-            f"{root}: train/ and val/ differ in {count(len(differing), 'class')} ({', '.join(differing[:3])}"
-            f"{', …' if len(differing) > 3 else ''}), so class numbers would differ; give both the same classes"
-        )
+        found = f"{count(len(differing), 'class')} ({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''})"
+        raise ShardError(f"{root}: train/ and val/ differ in {found}, so class numbers would differ; give both the same")
     start = len(os.path.join(root / split, ""))
     keys = make_keys(classes, [(file[start:], label) for file, label in files])
-    sizes = [os.path.getsize(file) for file, _ in files]
-    return classes, [Image(f"{split}/{f[start:]}", n, size, key) for (f, n), size, key in zip(files, sizes, keys, strict=True)]
+    return classes, [
+        Image(f"{split}/{file[start:]}", label, os.path.getsize(file), key)
+        for (file, label), key in zip(files, keys, strict=True)
+    ]
 
 
 def is_imagenet(classes: list[str]) -> bool:
@@ -252,15 +261,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    root: Path,
-    split: str,
-    seed: int,
-    maxsize: int,
-    maxcount: int,
-    block_size: int = 64,
-    resize: list[int] | None = None,
-    val_labels: Path | None = None,
-) -> Plan:
+    root: Path, split: str, seed: int, maxsize: int, maxcount: int, block_size: int = 64,
+    resize: list[int] | None = None, val_labels: Path | None = None,
+) -> Plan:  # fmt: skip
     """List one split and plan its shards; reads no image. `resize` is [pixels, quality].
 
     The plan goes by the sizes of the originals, so --resize makes smaller shards of the same samples.
@@ -272,24 +275,14 @@ def make_plan(
     tree = hashlib.sha256()
     for image in images:
         tree.update(b"%s %d %d\n" % (os.fsencode(image.path), image.label, image.size))
-    libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
+    if resize:  # encoders differ in bytes
+        libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
+        resize = [*resize, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
     shards = plan_shards(images, seed, maxsize, maxcount)
-    recipe = {
-        "seed": seed,
-        "maxsize": maxsize,
-        "maxcount": maxcount,
-        "block_size": block_size,
-        "images": len(images),
-        "shards": len(shards),
-        "tree": tree.hexdigest(),
-        "resize": resize and [*resize, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"],  # encoders differ in bytes
-    }
+    recipe = {"seed": seed, "maxsize": maxsize, "maxcount": maxcount, "block_size": block_size, "resize": resize}
+    recipe |= {"images": len(images), "shards": len(shards), "tree": tree.hexdigest()}
     about = {"classes": classes, "class_names": find_class_names(root, classes), "recipe": recipe}
     return Plan(root, split, shards, recipe, about)
-
-
-def shard_name(split: str, number: int) -> str:
-    return f"imagenet-{split}-{number:06d}.tar"
 
 
 # ---------------------------------------------------------------- worker processes
@@ -297,13 +290,10 @@ def shard_name(split: str, number: int) -> str:
 stop: Any = None  # in worker processes: shared memory, without a lock that a killed worker could leave locked
 
 
-class Stopped(Exception):
-    """Another worker failed or the user pressed ^C, so the current shard is given up."""
-
-
 def check_stop() -> None:
+    """Raise KeyboardInterrupt in a worker if another one failed or the user pressed ^C."""
     if stop and stop.value:
-        raise Stopped
+        raise KeyboardInterrupt
 
 
 def start_worker(shared: Any) -> None:
@@ -315,30 +305,28 @@ def start_worker(shared: Any) -> None:
     threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
 
 
-def run_jobs(function: Callable, jobs: list[tuple], workers: int) -> Iterator[tuple[int, Future]]:
-    """Call function(*job) for each job in `workers` processes; yield (index of the job, its future) in any order."""
-    stop, waiting, running = multiprocessing.RawValue("b", 0), deque(range(len(jobs))), {}
+def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
+    """Call function(*jobs[key]) for each key in `workers` processes; yield (key, future) of those that end."""
+    shared, waiting, running = multiprocessing.RawValue("b", 0), deque(jobs), {}
     # Python's own handler raises KeyboardInterrupt anywhere, and loses it while a process is forked.
-    handler = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", 1))
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[stop]) as pool:
+    handler = signal.signal(signal.SIGINT, lambda *_: setattr(shared, "value", 1))
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[shared]) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    number = waiting.popleft()
-                    running[pool.submit(function, *jobs[number])] = number
+                    key = waiting.popleft()
+                    running[pool.submit(function, *jobs[key])] = key
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                if stop.value:
+                if shared.value:
                     raise KeyboardInterrupt
                 for future in done:
                     if isinstance(error := future.exception(), BrokenProcessPool):
                         raise error
                     yield running.pop(future), future
         except BrokenProcessPool:
-            raise ShardError(
-                "a worker process was killed (out of memory?); rerun with fewer --workers; finished shards are kept"
-            ) from None
+            raise ShardError("a worker process was killed (out of memory?); rerun with fewer --workers to resume") from None
         finally:
-            stop.value = 1
+            shared.value = 1
             signal.signal(signal.SIGINT, handler)
 
 
@@ -346,12 +334,7 @@ def run_jobs(function: Callable, jobs: list[tuple], workers: int) -> Iterator[tu
 # A file gets its name only when it is complete: in a folder by a rename, elsewhere because its command sees the end
 # of its input only then.
 
-READ_COMMANDS = {
-    "http": "curl -sSfL --connect-timeout 30 {}",
-    "https": "curl -sSfL --connect-timeout 30 {}",
-    "gs": "gsutil -q cat {}",
-    "s3": "aws s3 cp {} -",
-}
+READ_COMMANDS = {"gs": "gsutil -q cat {}", "s3": "aws s3 cp {} -"} | dict.fromkeys(["http", "https"], "curl -sSfL {}")
 
 
 class TransferError(ShardError):
@@ -372,12 +355,7 @@ class Target(NamedTuple):
             return self.prefix.replace("%s", name)
         return self.prefix + ("" if self.prefix.startswith("pipe:") or self.prefix.endswith("/") else "/") + name
 
-    def show(self, name: str) -> str:
-        """locate() for messages."""
-        return self.locate(name).removeprefix("pipe:")
-
     def record_path(self, name: str) -> Path:
-        """The file that records a finished shard."""
         return self.record / ".finished" / f"{name}.json"
 
 
@@ -410,20 +388,15 @@ class Pipe:
     def __init__(self, descriptor: int, timeout: float) -> None:
         os.set_blocking(descriptor, False)
         self.descriptor, self.timeout = descriptor, timeout
-        self.poll = select.poll()
-
-    def wait(self, event: int) -> None:
-        self.poll.register(self.descriptor, event)
-        wait_until(lambda: self.poll.poll(200), self.timeout)
 
     def read(self, size: int) -> bytes:
-        self.wait(select.POLLIN)
+        wait_until(lambda: select.select([self.descriptor], [], [], 0.2)[0], self.timeout)
         return os.read(self.descriptor, size)
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            self.wait(select.POLLOUT)
+            wait_until(lambda: select.select([], [self.descriptor], [], 0.2)[1], self.timeout)
             view = view[os.write(self.descriptor, view) :]
 
 
@@ -444,8 +417,6 @@ def run_command(script: str, command: str, timeout: float, **options: Any) -> It
         except TransferError as error:
             messages.seek(0)
             text = " ".join(messages.read().decode(errors="replace").split())[-300:]
-            if process.poll() in (126, 127):  # the shell can't run it, now or later
-                raise ShardError(f"{command}: {error}: {text}; fix it and rerun") from None
             raise TransferError(f"{command}: {error}{text and ': '}{text}") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -455,20 +426,16 @@ def run_command(script: str, command: str, timeout: float, **options: Any) -> It
 
 @contextlib.contextmanager
 def open_reader(url: str, timeout: float) -> Iterator[BinaryIO | Pipe]:
-    """A stream of a file's bytes. ShardError or TransferError if they can't be read to the end."""
+    """A stream of a file's bytes. OSError or TransferError if they can't be read to the end."""
     if (scheme := url.split("://")[0]) in READ_COMMANDS:
         url = "pipe:" + READ_COMMANDS[scheme].format(shlex.quote(url))
     if url.startswith("pipe:"):
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-        command = url.removeprefix("pipe:")
-        with run_command('exec 2>{messages}; eval "$0"', command, timeout, **options) as process, process.stdout:
+        script, options = 'exec 2>{messages}; eval "$0"', {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        with run_command(script, url.removeprefix("pipe:"), timeout, **options) as process, process.stdout:
             yield Pipe(process.stdout.fileno(), timeout)
-        return
-    try:
+    else:
         with open(url, "rb") as file:
             yield file
-    except OSError as error:
-        raise ShardError(f"{url}: {error.strerror}") from None
 
 
 # This shell's stderr and stdout are the two ends of the command's input pipe. It keeps the write end open until the
@@ -479,6 +446,7 @@ GUARD = 'sh -c "$0" <&2 >{messages} 2>&1 & exec 2>&-; read -r complete || kill -
 
 @contextlib.contextmanager
 def command_writer(command: str, timeout: float) -> Iterator[Pipe]:
+    """A stream to a command's standard input, whose end it sees only if the block ends without an exception."""
     read_end, write_end = os.pipe()
     options, early = {"stdin": subprocess.PIPE, "stdout": write_end, "stderr": read_end}, False
     with open(write_end, "wb", buffering=0) as pipe, run_command(GUARD, command, timeout, **options) as guard:
@@ -495,41 +463,37 @@ def command_writer(command: str, timeout: float) -> Iterator[Pipe]:
 
 
 @contextlib.contextmanager
-def file_writer(path: str) -> Iterator[BinaryIO]:
-    temporary = f"{path}.tmp-{uuid.uuid4().hex[:12]}"  # no two processes or machines share one
+def open_writer(url: str, timeout: float) -> Iterator[BinaryIO | Pipe]:
+    """A stream to write a file to, which exists, complete, if the block ends without an exception, and otherwise not."""
+    if url.startswith("pipe:"):
+        with command_writer(url.removeprefix("pipe:"), timeout) as pipe:
+            yield pipe
+        return
+    temporary = f"{url}.tmp-{uuid.uuid4().hex[:12]}"  # no two processes or machines share one
     try:
         with open(temporary, "xb", buffering=1 << 20) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
-        try:
-            os.replace(temporary, path)
-        except FileNotFoundError:  # another run has written the same shard and removed this file
-            os.stat(path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        with contextlib.suppress(FileNotFoundError):  # another run has written the same shard and removed this file
+            os.replace(temporary, url)
+        os.stat(url)
+        folder = os.open(os.path.dirname(url) or ".", os.O_RDONLY)
         os.fsync(folder)  # or it could undo the rename
         os.close(folder)
-    except OSError as error:
-        raise ShardError(f"{error.filename or path}: {error.strerror}; fix it and rerun") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
-def open_writer(url: str, timeout: float) -> contextlib.AbstractContextManager[BinaryIO | Pipe]:
-    """A stream to write a file to, which exists, complete, if the block ends without an exception, and otherwise not."""
-    return command_writer(url.removeprefix("pipe:"), timeout) if url.startswith("pipe:") else file_writer(url)
-
-
-def write_bytes(url: str, data: bytes, timeout: float) -> None:
+def write_text(url: str, text: str, timeout: float) -> None:
     with open_writer(url, timeout) as file:
-        file.write(data)
+        file.write(text.encode())
 
 
-def store(target: Target, name: str, content: str) -> None:
+def store(target: Target, name: str, text: str) -> None:
     """Write a small file under the prefix and, if that is a command, a copy into the record."""
     for url in dict.fromkeys((target.locate(name), str(target.record / name))):
-        retry(target.retries, write_bytes, url, content.encode(), target.timeout)
+        retry(target.retries, write_text, url, text, target.timeout)
 
 
 # ---------------------------------------------------------------- images → one shard
@@ -587,11 +551,7 @@ class ShardStream:
         self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
         self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without gaps, from offset 0
         self.tail = bytearray()  # the bytes after the last block
-        self.ends: deque[tuple[int, int]] = deque()
-
-    def end_block(self, end: int, samples: int) -> None:
-        """A block of so many samples ends at this offset. Its bytes may have passed already or not yet."""
-        self.ends.append((end, samples))
+        self.ends: deque[tuple[int, int]] = deque()  # (offset, samples) of blocks to come; the bytes may have passed
 
     def update(self, data: bytes) -> None:
         self.size += len(data)
@@ -649,7 +609,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
 
     InvalidImages if there are any and they are not to be skipped: all images are read, but no shard is stored.
     """
-    name, block_size, resize = shard_name(plan.split, number), plan.recipe["block_size"], plan.recipe["resize"]
+    name, block_size, resize = SHARD_NAME.format(plan.split, number), plan.recipe["block_size"], plan.recipe["resize"]
     skipped, samples = [], 0
     with open_writer(target.locate(name), target.timeout) as file:
         stream = ShardStream(file)
@@ -669,9 +629,9 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
                 tar.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
                 samples += 1
                 if samples % block_size == 0:
-                    stream.end_block(tar.tarstream.offset, block_size)
+                    stream.ends.append((tar.tarstream.offset, block_size))
             if samples % block_size:
-                stream.end_block(tar.tarstream.offset, samples % block_size)
+                stream.ends.append((tar.tarstream.offset, samples % block_size))
         if skipped and not skip_invalid:
             raise InvalidImages(skipped)
     return stream.entry(name) | ({"skipped": skipped} if skipped else {})
@@ -680,10 +640,6 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
 # ---------------------------------------------------------------- plan → all shards and the index
 
 UNFINISHED = "imagenet-conversion-not-finished"  # kind of the file that takes the index's place meanwhile
-
-
-def index_name(split: str) -> str:
-    return f"imagenet-{split}.json"
 
 
 def format_index(content: dict[str, Any]) -> str:
@@ -698,7 +654,7 @@ def write_info(target: Target) -> None:
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
         with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or one that is not complete
-            shards = json.loads((target.record / index_name(split)).read_text())["shardlist"]
+            shards = json.loads((target.record / INDEX_NAME.format(split)).read_text())["shardlist"]
             lengths, files = [shard["nsamples"] for shard in shards], [shard["url"] for shard in shards]
             splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
     store(target, "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
@@ -708,42 +664,42 @@ def write_stub(plan: Plan, target: Target) -> None:
     """Replace the index by a file that says that the conversion is not finished."""
     message = "The conversion is not finished: rerun the same imagenet_shards.py command to resume it."
     stub = {"__kind__": UNFINISHED, "message": message} | plan.about
-    store(target, index_name(plan.split), json.dumps(stub, indent=1) + "\n")
+    store(target, INDEX_NAME.format(plan.split), json.dumps(stub, indent=1) + "\n")
     write_info(target)
 
 
 def write_index(target: Target, split: str, entries: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write imagenet-SPLIT.json in the format of wids, which ignores the keys that are ours, and _info.json."""
     head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"imagenet-{split}"}
-    store(target, index_name(split), format_index(head | about | {"shardlist": entries}))
+    store(target, INDEX_NAME.format(split), format_index(head | about | {"shardlist": entries}))
     write_info(target)
     skipped = sum(len(entry.get("skipped", [])) for entry in entries)
     note = f", {count(skipped, 'invalid image')} skipped" if skipped else ""
-    print(f"# {target.show(index_name(split))}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
+    place = target.locate(INDEX_NAME.format(split)).removeprefix("pipe:")
+    print(f"# {place}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
 
 
 def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
     """ShardError if the target holds shards of another conversion; with `overwrite` these lose their index instead."""
-    index, problem = target.record / index_name(plan.split), ""
+    index, problem = target.record / INDEX_NAME.format(plan.split), ""
     shards = list(target.record.glob(f"imagenet-{plan.split}-*.tar"))
     if index.exists():
         try:
             then = json.loads(index.read_text())["recipe"] or {}
-            differing = [f"{key} {then.get(key)} then, {now} now" for key, now in plan.recipe.items() if then.get(key) != now]
-            problem = differing and f"its {plan.split} shards have another recipe ({'; '.join(differing)})"
+            pairs = [(key, then.get(key), now) for key, now in plan.recipe.items() if then.get(key) != now]
+            differing = "; ".join(f"{key} {then} then, {now} now" for key, then, now in pairs)
+            problem = differing and f"its {plan.split} shards have another recipe ({differing})"
         except (ValueError, LookupError, TypeError, AttributeError):
             problem = f"{index.name} was not written by this program"
     elif shards:
         problem = f"holds {count(len(shards), f'{plan.split} shard')} without an index"
     if problem and not overwrite:
-        raise ShardError(
-            f"{target.record}: {problem}; use the same tree and arguments, another --shards, --overwrite to start over, "
-            "or --index-only to index the shards as they are"
-        )
+        advice = "use the same tree and arguments, another --shards, --overwrite to start over, or --index-only"
+        raise ShardError(f"{target.record}: {problem}; {advice}")
     if problem:
         write_stub(plan, target)
         for path in shards:
-            if path.name >= shard_name(plan.split, len(plan.shards)):  # the others will be replaced
+            if path.name >= SHARD_NAME.format(plan.split, len(plan.shards)):  # the others will be replaced
                 path.unlink()
 
 
@@ -751,14 +707,12 @@ def finished_shards(plan: Plan, target: Target) -> dict[int, dict[str, Any]]:
     """Index entries, by shard number, of the shards that any run of this conversion has finished."""
     finished = {}
     for number in range(len(plan.shards)):
-        name = shard_name(plan.split, number)
+        name = SHARD_NAME.format(plan.split, number)
         with contextlib.suppress(OSError, ValueError):
-            record = json.loads(target.record_path(name).read_text())
-            size = record["entry"]["filesize"]
-            if not target.prefix.startswith("pipe:"):
-                size = (target.record / name).stat().st_size
-            if record["recipe"] == plan.recipe and record["entry"]["filesize"] == size:
-                finished[number] = record["entry"]
+            recipe, entry = json.loads(target.record_path(name).read_text()).values()
+            stored = target.prefix.startswith("pipe:") or (target.record / name).stat().st_size == entry["filesize"]
+            if stored and recipe == plan.recipe:
+                finished[number] = entry
     return finished
 
 
@@ -766,27 +720,23 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
     """Write these shards and record each. ShardError if there are invalid images that are not to be skipped."""
     starts = list(itertools.accumulate(map(len, plan.shards), initial=0))
     brief = plan._replace(shards=[], about={})  # a worker gets the images of its shard only
-    jobs = [(target.retries, write_shard, brief, n, plan.shards[n], target, skip_invalid) for n in numbers]
-    images = sum(len(plan.shards[number]) for number in numbers)
-    invalid, start = [], time.monotonic()
+    jobs = {n: (target.retries, write_shard, brief, n, plan.shards[n], target, skip_invalid) for n in numbers}
+    images, invalid, start = sum(len(plan.shards[n]) for n in numbers), [], time.monotonic()
     with tqdm(total=images, desc=plan.split, unit=" images", disable=None) as bar:
-        for job, future in run_jobs(retry, jobs, workers):
-            number = numbers[job]
-            name = shard_name(plan.split, number)
+        for number, future in run_jobs(retry, jobs, workers):
             bar.update(len(plan.shards[number]))
             try:
                 entry = future.result()
             except InvalidImages as error:
                 invalid += error.args[0]
                 continue
-            record = {"recipe": plan.recipe, "entry": entry}
-            write_bytes(str(target.record_path(name)), json.dumps(record).encode(), target.timeout)
+            name, record = entry["url"], {"recipe": plan.recipe, "entry": entry}
+            write_text(str(target.record_path(name)), json.dumps(record), target.timeout)
             for leftover in target.record.glob(f"{name}.tmp-*"):  # of a run that was killed, or writes the same bytes
                 leftover.unlink(missing_ok=True)
             invalid += entry.get("skipped", [])
-            size = format_bytes(entry["filesize"])
-            tqdm.write(f"# writing {target.show(name)} {entry['nsamples']} {size} {starts[number]}", file=sys.stdout)
-            sys.stdout.flush()  # into a log file too
+            place, size = target.locate(name).removeprefix("pipe:"), format_bytes(entry["filesize"])
+            report(f"# writing {place} {entry['nsamples']} {size} {starts[number]}")
     for path, problem in sorted(invalid):
         print(f"# invalid image {plan.root / path}: {problem}", file=sys.stderr)
     if invalid and not skip_invalid:
@@ -808,7 +758,7 @@ def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers
         finished = finished_shards(plan, target)
     missing = [number for number in numbers if number not in finished]
     if lost := sorted({*missing} & {*numbers[part]}):
-        name = shard_name(plan.split, lost[0])
+        name = SHARD_NAME.format(plan.split, lost[0])
         raise ShardError(f"{target.record}: {name} was removed or changed after it was written; rerun to write it again")
     if missing:
         print(f"# waiting for {count(len(missing), f'{plan.split} shard')}; the last part to finish writes the index")
@@ -849,18 +799,11 @@ def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> i
     return int(sample["cls"])
 
 
-class Contents(NamedTuple):
-    """What read_shard() finds in a shard."""
-
-    entry: dict[str, Any]  # in the index
-    keys: list[str]
-    labels: int  # the highest label + 1
-    problems: list[str]
-
-
-def read_shard(target: Target, name: str, block_size: int, classes: int | None, decode: bool) -> Contents:
-    """Read a shard to its end and validate its samples. ShardError or TransferError if it can't be read."""
-    keys, labels, problems, end = [], 0, [], 0
+def read_shard(
+    target: Target, name: str, block_size: int, classes: int | None, decode: bool
+) -> tuple[dict[str, Any], list[str], int, list[str]]:
+    """Read a shard to its end: (its entry in the index, keys, highest label, problems of its samples)."""
+    keys, highest, problems, end = [], -1, [], 0
     with open_reader(target.locate(name), target.timeout) as file:
         stream = ShardStream(file)
         try:
@@ -869,56 +812,53 @@ def read_shard(target: Target, name: str, block_size: int, classes: int | None, 
                     check_stop()
                     keys.append(key)
                     if len(keys) % block_size == 0:
-                        stream.end_block(end, block_size)
+                        stream.ends.append((end, block_size))
                     try:
-                        labels = max(labels, read_label(sample, classes, decode) + 1)
+                        highest = max(highest, read_label(sample, classes, decode))
                     except ValueError as error:
                         problems.append(f"{key}: {error}")
         except tarfile.TarError as error:
             problems.append(str(error))
         if len(keys) % block_size:
-            stream.end_block(end, len(keys) % block_size)
+            stream.ends.append((end, len(keys) % block_size))
         while stream.read(1 << 20):
             check_stop()
     if not problems and (len(stream.tail) < 1024 or stream.tail.strip(b"\0")):  # tarfile ends at a damaged header
         problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
-    return Contents(stream.entry(name), keys, labels, problems)
+    return stream.entry(name), keys, highest, problems
 
 
 def read_shards(
     target: Target, names: list[str], expected: dict[str, dict], options: tuple, unique: bool, workers: int
-) -> list[Contents]:
-    """Read all shards with read_shard(*options). ShardError, after a list of all problems, if there are any.
+) -> tuple[list[dict[str, Any]], int]:
+    """Read all shards with read_shard(*options): (their entries, highest label).
 
-    These include differences from the `expected` entries of the index, if there are any, and keys that two samples of
-    a shard or, if `unique`, of all shards have.
+    ShardError, after a list of all problems, if there are any. Problems are also differences from the `expected`
+    entries, and a key that two samples of a shard or, if `unique`, of all shards have.
     """
-    contents, owner, problems = {}, {}, []
-    jobs = [(target.retries, read_shard, target, name, *options) for name in names]
-    with tqdm(total=len(names), unit=" shards", disable=None) as bar:
-        for job, future in run_jobs(retry, jobs, workers):
-            bar.update()
-            name = names[job]
-            try:
-                found = contents[job] = future.result()
-            except ShardError as error:
-                problems.append(f"{name}: {error}")
-                continue
-            tqdm.write(f"# reading {name} {len(found.keys)} {format_bytes(found.entry['filesize'])}", file=sys.stdout)
-            sys.stdout.flush()
-            pairs = [(key, value, found.entry[key]) for key, value in expected.get(name, {}).items() if key in found.entry]
-            differing = [f"{key} differs: {now} found, {then} in the index" for key, then, now in pairs if then != now]
-            owner = owner if unique else {}
-            for key in found.keys:
-                found.problems.extend([f"{key}: also in {owner[key]}"] if key in owner else [])
-                owner[key] = name
-            problems += [f"{name}: {problem[:200]}" for problem in found.problems or differing[:1]]
+    entries, highest, owner, problems = {}, -1, {}, []
+    jobs = {name: (target.retries, read_shard, target, name, *options) for name in names}
+    for name, future in tqdm(run_jobs(retry, jobs, workers), total=len(names), unit=" shards", disable=None):
+        try:
+            entries[name], keys, label, found = future.result()
+        except (ShardError, OSError) as error:
+            problems.append(f"{name}: {error}")
+            continue
+        report(f"# reading {name} {len(keys)} {format_bytes(entries[name]['filesize'])}")
+        owner, highest = owner if unique else {}, max(label, highest)
+        for key in keys:
+            found += [f"{key}: also in {owner[key]}"] if key in owner else []
+            owner[key] = name
+        if name in expected and not found:
+            pairs = [(key, value, expected[name].get(key)) for key, value in entries[name].items()]
+            found = [f"{key} differs: {now} found, {then} in the index" for key, now, then in pairs if now != then][:1]
+        problems += [f"{name}: {problem[:200]}" for problem in found]
     for problem in sorted(problems):
         print(f"# problem: {problem}", file=sys.stderr)
     if problems:
-        problem = f"{count(len(problems), 'problem')}, listed above; write or fetch those shards again"
-        raise ShardError(f"--shards={target.prefix}: {problem}")
-    return [contents[job] for job in range(len(names))]
+        advice = f"{count(len(problems), 'problem')}, listed above; write or fetch those shards again"
+        raise ShardError(f"--shards={target.prefix}: {advice}")
+    return [entries[name] for name in names], highest
 
 
 def read_index(url: str, timeout: float) -> dict[str, Any]:
@@ -926,75 +866,68 @@ def read_index(url: str, timeout: float) -> dict[str, Any]:
     try:
         with open_reader(url, timeout) as stream:
             index = json.loads(b"".join(iter(lambda: stream.read(1 << 16), b"")))
-        kind, entries = index["__kind__"], index.get("shardlist", [])
-        if kind != UNFINISHED and not all("blocks" in entry for entry in entries):
-            raise ShardError(f"{url}: has no blocks, so an earlier version wrote it; make a new one with --index-only")
-        strange = [entry["url"] for entry in entries if not SHARD.fullmatch(entry["url"])]
-        needed = [(entry["nsamples"] + entry["filesize"], entry["sha256"]) for entry in entries], index["recipe"]
+        if index["__kind__"] == UNFINISHED:
+            raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
+        if strange := [entry["url"] for entry in index["shardlist"] if not SHARD.fullmatch(entry["url"])]:
+            raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
+        summarize(index["shardlist"]), len(index["classes"]), [entry["blocks"] for entry in index["shardlist"]]
+        return index
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ShardError(f"{url}: not an index ({error}); is --shards right?") from None
-    if kind == UNFINISHED:
-        raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
-    if strange or not needed[0] or not index.get("classes"):
-        raise ShardError(f"{url}: lists {strange[:1] or 'nothing'}, which is no shard's name; do not use this index")
-    return index
+        problem = f"not an index of this version ({error!r})"
+        raise ShardError(f"{url}: {problem}; correct --shards or make a new index with --index-only") from None
 
 
-def verify(target: Target, split: str, index_url: str, decode: bool, workers: int) -> None:
+def verify(args: argparse.Namespace, target: Target, split: str) -> None:
     """Compare every byte of a split's shards with the index. ShardError if anything differs."""
-    index = read_index(index_url, target.timeout)
+    name = INDEX_NAME.format(split)
+    url = str(args.index / name) if args.index else target.locate(name)
+    index = read_index(url, target.timeout)
     entries = {entry["url"]: entry for entry in index["shardlist"]}
     block_size = max((block[2] for entry in entries.values() for block in entry["blocks"]), default=1)
-    options = block_size, len(index["classes"]), decode
-    read_shards(target, list(entries), entries, options, index["recipe"] is not None, workers)
-    print(f"# {index_url.removeprefix('pipe:')}: {summarize(index['shardlist'])}: all as the index says")
+    options = block_size, len(index["classes"]), args.decode
+    read_shards(target, list(entries), entries, options, index["recipe"] is not None, args.workers)
+    print(f"# {url.removeprefix('pipe:')}: {summarize(index['shardlist'])}: all as the index says")
 
 
-def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
-    """Classes in label order, one a line, and their names: a line "n01440764 tench, Tinca tinca" has both."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    pairs = [re.fullmatch(r"(n\d{8})\s+(.*)", line) for line in lines]
-    if lines and all(pairs):
-        return [pair[1] for pair in pairs], [pair[2] for pair in pairs]
-    return lines, find_class_names(None, lines)
-
-
-def index_only(target: Target, split: str, folder: Path, names: list[str], args: argparse.Namespace) -> None:
+def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
     """Make an index of shards that exist, of this program or of another, and write it into a folder."""
+    source, output = Path(target.prefix), args.index or Path(target.prefix)
+    names = wds.shardlists.expand_urls(args.names) if args.names else []
+    if strange := [name for name in names if not SHARD.fullmatch(name)]:
+        raise ShardError(f"--names: {strange[0]!r} is not a file name that ends in .tar; folders belong into --shards")
+    if not source.is_dir() and not (names and args.index):
+        raise ShardError(f"--shards={target.prefix}: not a folder, so --index-only needs --names and --index")
+    output.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):  # the index of an earlier version, or of a conversion in parts
-        known = json.loads((folder / index_name(split)).read_text())
+        known = json.loads((output / INDEX_NAME.format(split)).read_text())
     recipe = known.get("recipe") if not names and "shards" in (known.get("recipe") or {}) else None
-    number = recipe["shards"] if recipe else len(list(Path(target.prefix).glob(f"imagenet-{split}-*.tar")))
-    names = names or [shard_name(split, n) for n in range(number)]
-    missing = [name for name in names if Path(target.prefix).is_dir() and not (Path(target.prefix) / name).is_file()]
+    if not names:
+        number = recipe["shards"] if recipe else len(list(source.glob(f"imagenet-{split}-*.tar")))
+        names = [SHARD_NAME.format(split, n) for n in range(number)]
+    missing = [name for name in names if source.is_dir() and not (source / name).is_file()]
     if missing or not names:
-        what = f"{len(missing)} of {count(len(names), f'{split} shard')} missing" + "".join(f" (first {missing[0]})" if missing else "")
-        raise ShardError(f"{target.prefix}: {what}; write them or copy them here")
-    classes, class_names = read_classes(args.classes) if args.classes else (known.get("classes"), known.get("class_names"))
+        what = f"{len(missing)} of {count(len(names), f'{split} shard')} missing (first {[*missing, 'any'][0]})"
+        raise ShardError(f"{source}: {what}; write them, copy them here, or name others with --names")
+    classes, class_names = known.get("classes"), known.get("class_names")
+    if args.classes:  # one a line
+        classes, class_names = args.classes.read_text(encoding="utf-8").splitlines(), None
     options = recipe["block_size"] if recipe else args.block_size, classes and len(classes), args.decode
-    contents = read_shards(target, names, {}, options, recipe is not None, args.workers)
-    classes = classes or [str(label) for label in range(max(found.labels for found in contents))]
-    lost = recipe["images"] - sum(len(found.keys) for found in contents) if recipe else 0
-    if lost:
-        print(f"# warning: {count(lost, 'image')} of the tree not in the shards (--skip-bad?)", file=sys.stderr)
+    entries, highest = read_shards(target, names, {}, options, recipe is not None, args.workers)
+    classes = classes or [str(label) for label in range(highest + 1)]
     about = {"classes": classes, "class_names": class_names or find_class_names(None, classes), "recipe": recipe}
-    write_index(target._replace(prefix=str(folder), record=folder), split, [found.entry for found in contents], about)
+    write_index(target._replace(prefix=str(output), record=output), split, entries, about)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number; 1e9 is as good as 1000000000."""
-
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if float(text).is_integer() and float(text) >= minimum:
-                return int(float(text))
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
-
-    return parse
+def whole(text: str) -> int:
+    """An argparse type: a positive whole number; 1e9 is as good as 1000000000."""
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer() and float(text) >= 1:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
 
 
 def k_of_n(text: str) -> slice:
@@ -1006,67 +939,44 @@ def k_of_n(text: str) -> slice:
     raise argparse.ArgumentTypeError(f"{text!r} is not K/N, for example 2/8 for the second of eight parts")
 
 
-def folder(text: str) -> Path:
-    """An argparse type: a path, with ~ expanded."""
-    return Path(text).expanduser()
-
-
-def prefix(text: str) -> str:
-    """An argparse type: pipe:COMMAND, a URL, or a folder."""
-    return text if text.startswith("pipe:") or "://" in text else str(folder(text))
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults except None and False."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def make_parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description="Pack ImageNet's image files into WebDataset shards and an index.",
-        epilog="Each finished shard is a line: # writing NAME SAMPLES SIZE (number of samples in the shards before it).",
-        formatter_class=Help,
+        epilog="Each finished shard is a line: # writing NAME SAMPLES SIZE BEFORE, the number of samples before it.",
         allow_abbrev=False,
     )
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--imagenet", metavar="DIR", type=folder, help="the folder that holds train/ and val/, to convert")
-    add("--verify", action="store_true", help="instead, read finished shards and compare every byte with the index")
-    add("--index-only", action="store_true", help="instead, make an index of shards that parts or another program wrote")
+    add("--imagenet", metavar="DIR", type=Path, help="convert the folder that holds train/ and val/")
+    add("--verify", action="store_true", help="read finished shards and compare every byte with the index")
+    add("--index-only", action="store_true", help="make an index of shards that parts or another program wrote")
     add = parser.add_argument
-    add("--shards", metavar="PREFIX", type=prefix, default="./data", help="folder of the shards and the index, or "
-        "pipe:COMMAND that stores its standard input, where %%s becomes the file's name; with --verify and --index-only "
-        "also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file")
-    add("--splits", default="train,val", help="train, val or both with a comma")
-    add("--workers", metavar="N", type=at_least(1), default=cores, help="processes, each with a shard at a time")
-    add("--retries", metavar="N", type=at_least(0), default=5, help="retries per shard whose command fails or stalls")
-    add("--timeout", metavar="SECONDS", type=at_least(1), default=300, help="how long a command may make no progress")
-    add("--block-size", metavar="N", type=at_least(1), default=64, help="samples in a block, the unit that readers fetch")
-
+    add("--shards", metavar="PREFIX", type=os.path.expanduser, default="./data",
+        help="folder of shards and index, or pipe:COMMAND that stores its standard input, where %%s becomes the file's "
+        "name; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file [%(default)s]")
+    add("--splits", default="train,val", help="train, val or both with a comma [%(default)s]")
+    add("--workers", metavar="N", type=whole, default=cores, help="processes, with a shard each [%(default)s]")
+    add("--retries", metavar="N", type=int, default=5, help="per shard whose command fails or stalls [%(default)s]")
+    add("--timeout", metavar="S", type=whole, default=300, help="seconds without progress of a command [%(default)s]")
+    add("--block-size", metavar="N", type=whole, default=64, help="samples in a block, which readers fetch [%(default)s]")
     add = parser.add_argument_group("with --imagenet").add_argument
-    add("--seed", type=int, default=0, help="of the one shuffle of each split")
-    add("--maxsize", metavar="BYTES", type=at_least(1), default="1e9", help="a shard is closed when it has this many")
-    add("--maxcount", metavar="N", type=at_least(1), default=100000, help="… or this many samples")
-    add("--resize", metavar="PX", type=at_least(1), help="shrink images to a shorter side of PX, encoded as JPEG")
-    add("--quality", metavar="Q", type=int, choices=range(1, 96), default=90, help="of these JPEGs, 1 to 95")
-    add("--val-labels", metavar="FILE", type=folder, help="labels of a val/ without class folders: LOC_val_solution.csv "
-        "or torchvision's meta.bin (default: looked for beside the tree)")
-    add("--part", metavar="K/N", type=k_of_n, default="1/1", help="write every N-th shard, starting with the K-th; the "
-        "last part to finish writes the index")
-    add("--record", metavar="DIR", type=folder, help="with a pipe: command, where to make a folder that records finished "
-        "shards for restarts and --part (default: the current folder)")
+    add("--seed", type=int, default=0, help="of the one shuffle of each split [%(default)s]")
+    add("--maxsize", metavar="BYTES", type=whole, default="1e9", help="a shard ends when it has this many [%(default)s]")
+    add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples [%(default)s]")
+    add("--resize", metavar="PX", type=whole, help="shrink images to a shorter side of PX pixels, encoded as JPEG")
+    add("--quality", metavar="Q", type=int, default=90, choices=range(1, 96), help="of these JPEGs, 1–95 [%(default)s]")
+    add("--val-labels", metavar="FILE", type=Path,
+        help="LOC_val_solution.csv or meta.bin for a val/ without class folders [found beside the tree]")
+    add("--part", metavar="K/N", type=k_of_n, default="1/1", help="write every N-th shard, starting with the K-th")
+    add("--record", metavar="DIR", type=Path, default=".",
+        help="for a pipe: command, where to make a folder that records finished shards [%(default)s]")
     add("--skip-bad", action="store_true", help="leave out, and list, images that are not a valid JPEG or PNG")
     add("--overwrite", action="store_true", help="replace shards of another tree or of other arguments")
-
     add = parser.add_argument_group("with --verify and --index-only").add_argument
     add("--decode", action="store_true", help="decode every image")
-    add("--index", metavar="DIR", type=folder, help="folder of the index, if it is not with the shards")
-    add("--names", help="with --index-only: the shards of one split, for example 'imagenet1k-train-{0000..1023}.tar' "
-        "(default: those of this program in a folder)")
-    add("--classes", metavar="FILE", type=folder, help="with --index-only: the classes in label order, one a line "
-        "(default: those of the index that exists, or numbers)")
+    add("--index", metavar="DIR", type=Path, help="folder of the index, if it is not with the shards")
+    add("--names", help="with --index-only: shards of one split, for example 'imagenet1k-train-{0000..1023}.tar'")
+    add("--classes", metavar="FILE", type=Path, help="with --index-only: the classes in label order, one a line")
     return parser
 
 
@@ -1086,27 +996,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --imagenet: not allowed with --decode, --index, --names or --classes")
     if args.names and (args.verify or len(args.splits) > 1):
         parser.error("argument --names: needs --index-only, and --splits=train or --splits=val")
+    for name in ("imagenet", "val_labels", "record", "index", "classes"):
+        setattr(args, name, getattr(args, name) and getattr(args, name).expanduser())
     return args
 
 
 def find_target(args: argparse.Namespace) -> Target:
     """Where the shards are. ShardError if --imagenet can't write there."""
-    shards, record = args.shards, Path(args.shards)
+    shards, record, problem = args.shards, Path(args.shards), ""
     if shards.startswith("pipe:"):  # named after the command: to a restart, another bucket is another conversion
-        record = (args.record or Path()) / f"imagenet-shards-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
-    elif args.imagenet:
-        if "://" in shards:
-            advice = "name a folder or a command that stores its input, such as pipe:gsutil cp - gs://bucket/%s"
-            raise ShardError(f"--shards={shards}: can only be read; {advice}")
-        if "%s" in shards:
-            raise ShardError(f"--shards={shards}: %s is for pipe:COMMAND; name the folder alone")
-        if args.record:
-            raise ShardError(f"--record={args.record}: is for pipe:COMMAND; a folder holds its own record")
+        record = args.record / f"imagenet-shards-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
+    elif args.imagenet and "://" in shards:
+        problem = "can only be read; name a folder or a command that stores its input: pipe:gsutil cp - gs://bucket/%s"
+    elif args.imagenet and "%s" in shards:
+        problem = "%s is for pipe:COMMAND; name the folder alone"
+    if problem:
+        raise ShardError(f"--shards={shards}: {problem}")
     return Target(shards, record, args.retries, args.timeout)
 
 
-def run_convert(args: argparse.Namespace, target: Target) -> None:
-    """--imagenet. What can be refused is refused before the first shard is written."""
+def convert_all(args: argparse.Namespace, target: Target) -> None:
+    """Convert the splits. What can be refused is refused before the first shard is written."""
     if not args.imagenet.is_dir():
         raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
     resize = [args.resize, args.quality] if args.resize else None
@@ -1121,36 +1031,18 @@ def run_convert(args: argparse.Namespace, target: Target) -> None:
         convert(plan, target, args.part, args.skip_bad, args.workers)
 
 
-def run_index_only(args: argparse.Namespace, target: Target) -> None:
-    """--index-only."""
-    names = wds.shardlists.expand_urls(args.names) if args.names else []
-    if strange := [name for name in names if not SHARD.fullmatch(name)]:
-        raise ShardError(f"--names: {strange[0]!r} is not a file name that ends in .tar; folders belong into --shards")
-    if not Path(args.shards).is_dir() and not (names and args.index):
-        raise ShardError(f"--shards={args.shards}: not a folder, so --index-only needs --names and --index")
-    folder = args.index or Path(args.shards)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in args.splits:
-        index_only(target, split, folder, names, args)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         target = find_target(args)
         if args.imagenet:
-            run_convert(args, target)
-        elif args.index_only:
-            run_index_only(args, target)
+            convert_all(args, target)
         else:
             for split in args.splits:
-                index = str(args.index / index_name(split)) if args.index else target.locate(index_name(split))
-                verify(target, split, index, args.decode, args.workers)
-    except ShardError as error:
-        print(f"imagenet_shards.py: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"imagenet_shards.py: {error.filename or args.shards}: {error.strerror}; fix it and rerun", file=sys.stderr)
+                (verify if args.verify else index_only)(args, target, split)
+    except (ShardError, OSError) as error:
+        problem = error if isinstance(error, ShardError) else f"{error.filename}: {error.strerror}; fix it and rerun"
+        print(f"imagenet_shards.py: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("imagenet_shards.py: interrupted; rerun the same command to resume", file=sys.stderr)

@@ -53,7 +53,6 @@ import webdataset as wds
 from PIL import Image as PillowImage
 from tqdm import tqdm
 
-
 SHARD_NAME, INDEX_NAME = "imagenet-{}-{:06d}.tar", "imagenet-{}.json"
 
 
@@ -164,11 +163,11 @@ def read_val_labels(root: Path, path: Path | None, files: list[str]) -> list[str
             wnids = {row[0]: row[1].split()[0] for row in csv.reader(table)}
         return [wnids[Path(file).stem] for file in files]
     except (ValueError, LookupError) as error:
-        raise ShardError(f"{path}: not a label for each image in {root / 'val'} ({error}); name another file") from None
+        raise ShardError(f"{path}: not a label for each image of {root / 'val'} ({error}); check both") from None
 
 
 def make_keys(classes: list[str], files: list[tuple[str, int]]) -> list[str]:
-    """A key per (path, label): the stems if they are valid and unique, otherwise CLASS-STEM, made valid and unique."""
+    """A key per (path, label): the stems if valid and unique, otherwise CLASS-STEM, made valid and unique."""
     stems = [os.path.splitext(os.path.basename(path))[0] for path, _ in files]
     if len(set(stems)) == len(stems) and all(map(KEY.fullmatch, stems)):
         return stems
@@ -188,7 +187,7 @@ def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[st
     if classes:
         files = [(file, label) for label, name in enumerate(classes) for file in find_files(root / split / name)]
         if empty := sorted(set(range(len(classes))) - {label for _, label in files}):
-            raise ShardError(f"{root / split / classes[empty[0]]}: no images in this class folder; add some or remove it")
+            raise ShardError(f"{root / split / classes[empty[0]]}: no images in this class folder; remove it")
     else:
         names = find_files(root / split)
         wnids = read_val_labels(root, val_labels, names)
@@ -324,7 +323,8 @@ def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterat
                         raise error
                     yield running.pop(future), future
         except BrokenProcessPool:
-            raise ShardError("a worker process was killed (out of memory?); rerun with fewer --workers to resume") from None
+            advice = "rerun with fewer --workers; finished shards are kept"
+            raise ShardError(f"a worker process was killed (out of memory?); {advice}") from None
         finally:
             shared.value = 1
             signal.signal(signal.SIGINT, handler)
@@ -464,7 +464,7 @@ def command_writer(command: str, timeout: float) -> Iterator[Pipe]:
 
 @contextlib.contextmanager
 def open_writer(url: str, timeout: float) -> Iterator[BinaryIO | Pipe]:
-    """A stream to write a file to, which exists, complete, if the block ends without an exception, and otherwise not."""
+    """A stream to write one file to, which exists, complete, only if the block ends without an exception."""
     if url.startswith("pipe:"):
         with command_writer(url.removeprefix("pipe:"), timeout) as pipe:
             yield pipe
@@ -618,7 +618,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
             for image, data in zip(images, read_ahead(plan.root / image.path for image in images)):
                 check_stop()
                 if len(data) != image.size:
-                    problem = f"{len(data)} bytes, but {image.size} when listed; do not change the tree meanwhile; rerun"
+                    problem = f"{len(data)} bytes, but {image.size} when listed; do not change the tree and rerun"
                     raise ShardError(f"{plan.root / image.path}: {problem}")
                 try:
                     validate_image(data)
@@ -708,7 +708,7 @@ def finished_shards(plan: Plan, target: Target) -> dict[int, dict[str, Any]]:
     finished = {}
     for number in range(len(plan.shards)):
         name = SHARD_NAME.format(plan.split, number)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             recipe, entry = json.loads(target.record_path(name).read_text()).values()
             stored = target.prefix.startswith("pipe:") or (target.record / name).stat().st_size == entry["filesize"]
             if stored and recipe == plan.recipe:
@@ -759,7 +759,7 @@ def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers
     missing = [number for number in numbers if number not in finished]
     if lost := sorted({*missing} & {*numbers[part]}):
         name = SHARD_NAME.format(plan.split, lost[0])
-        raise ShardError(f"{target.record}: {name} was removed or changed after it was written; rerun to write it again")
+        raise ShardError(f"{target.record}: {name} was removed or changed meanwhile; rerun to write it again")
     if missing:
         print(f"# waiting for {count(len(missing), f'{plan.split} shard')}; the last part to finish writes the index")
     else:
@@ -870,7 +870,8 @@ def read_index(url: str, timeout: float) -> dict[str, Any]:
             raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
         if strange := [entry["url"] for entry in index["shardlist"] if not SHARD.fullmatch(entry["url"])]:
             raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
-        summarize(index["shardlist"]), len(index["classes"]), [entry["blocks"] for entry in index["shardlist"]]
+        summarize(index["shardlist"]), index["classes"][0], index["recipe"], index["shardlist"][0]
+        [[length for _, length, _, _ in entry["blocks"]] for entry in index["shardlist"]]
         return index
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"not an index of this version ({error!r})"
@@ -899,8 +900,8 @@ def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
         raise ShardError(f"--shards={target.prefix}: not a folder, so --index-only needs --names and --index")
     output.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # the index of an earlier version, or of a conversion in parts
-        known = json.loads((output / INDEX_NAME.format(split)).read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError):  # of an earlier version, or of a conversion in parts
+        known = dict(json.loads((output / INDEX_NAME.format(split)).read_text()))
     recipe = known.get("recipe") if not names and "shards" in (known.get("recipe") or {}) else None
     if not names:
         number = recipe["shards"] if recipe else len(list(source.glob(f"imagenet-{split}-*.tar")))
@@ -910,8 +911,10 @@ def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
         what = f"{len(missing)} of {count(len(names), f'{split} shard')} missing (first {[*missing, 'any'][0]})"
         raise ShardError(f"{source}: {what}; write them, copy them here, or name others with --names")
     classes, class_names = known.get("classes"), known.get("class_names")
-    if args.classes:  # one a line
-        classes, class_names = args.classes.read_text(encoding="utf-8").splitlines(), None
+    if args.classes:  # a class a line, or "n01440764 tench, Tinca tinca"
+        lines = args.classes.read_text(encoding="utf-8").splitlines()
+        wnids = all(re.match(r"n\d{8} ", line) for line in lines)
+        classes, class_names = ([line[:9] for line in lines], [line[10:] for line in lines]) if wnids else (lines, None)
     options = recipe["block_size"] if recipe else args.block_size, classes and len(classes), args.decode
     entries, highest = read_shards(target, names, {}, options, recipe is not None, args.workers)
     classes = classes or [str(label) for label in range(highest + 1)]

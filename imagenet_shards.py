@@ -29,7 +29,6 @@ import multiprocessing
 import os
 import random
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -196,7 +195,7 @@ def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[st
     if train and train != classes:  # a class that only one split has would shift the numbers of those after it
         differing = sorted(set(train) ^ set(classes))
         found = f"{count(len(differing), 'class')} ({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''})"
-        raise ShardError(f"{root}: train/ and val/ differ in {found}, so class numbers would differ; give both the same")
+        raise ShardError(f"{root}: train/ and val/ differ in {found}, so class numbers would; give both the same")
     start = len(os.path.join(root / split, ""))
     keys = make_keys(classes, [(file[start:], label) for file, label in files])
     return classes, [
@@ -287,6 +286,7 @@ def make_plan(
 # ---------------------------------------------------------------- worker processes
 
 stop: Any = None  # in worker processes: shared memory, without a lock that a killed worker could leave locked
+commands: set[int] = set()  # process groups of the commands that run
 
 
 def check_stop() -> None:
@@ -295,13 +295,26 @@ def check_stop() -> None:
         raise KeyboardInterrupt
 
 
+def kill_commands() -> None:
+    for group in list(commands):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
 def start_worker(shared: Any) -> None:
-    """Initialize a worker process, which leaves ^C to the main process and exits when that is killed."""
+    """Initialize a worker process, which leaves ^C to the main process, and ends when that is killed."""
     global stop
     stop = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
+
+    def watch() -> None:
+        wait_for_any([parent])
+        kill_commands()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
@@ -331,14 +344,10 @@ def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterat
 
 
 # ---------------------------------------------------------------- URL → bytes, bytes → URL
-# A file gets its name only when it is complete: in a folder by a rename, elsewhere because its command sees the end
-# of its input only then.
+# A file gets its name only when it is complete. A command reads from, or writes to, an unnamed file on this machine: it
+# never sees a part of a shard, whichever process is killed, and it can be run again if it fails.
 
 READ_COMMANDS = {"gs": "gsutil -q cat {}", "s3": "aws s3 cp {} -"} | dict.fromkeys(["http", "https"], "curl -sSfL {}")
-
-
-class TransferError(ShardError):
-    """A command failed or stalled; another attempt may succeed."""
 
 
 class Target(NamedTuple):
@@ -359,115 +368,74 @@ class Target(NamedTuple):
         return self.record / ".finished" / f"{name}.json"
 
 
-def wait_until(ready: Callable[[], Any], timeout: float) -> None:
-    """Call `ready`, which may take a moment, until it returns something true. TransferError after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not ready():
-        check_stop()
-        if time.monotonic() > deadline:
-            raise TransferError(f"no progress for {timeout:g} s")
-
-
-def retry(retries: int, attempt: Callable, *arguments: Any) -> Any:
-    """attempt(*arguments), after a TransferError up to `retries` times again, with exponential back-off."""
-    for failures in itertools.count(1):
-        try:
-            return attempt(*arguments)
-        except TransferError as error:
-            if failures > retries:
-                raise ShardError(f"{error}; fix it and rerun") from None
-            pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
-            print(f"# {error}; retry {failures} of {retries} in {pause:.1f} s", file=sys.stderr, flush=True)
-        with contextlib.suppress(TransferError):
-            wait_until(lambda: time.sleep(0.1), pause)
-
-
-class Pipe:
-    """An end of a command's pipe. TransferError if no byte moves for `timeout` seconds."""
-
-    def __init__(self, descriptor: int, timeout: float) -> None:
-        os.set_blocking(descriptor, False)
-        self.descriptor, self.timeout = descriptor, timeout
-
-    def read(self, size: int) -> bytes:
-        wait_until(lambda: select.select([self.descriptor], [], [], 0.2)[0], self.timeout)
-        return os.read(self.descriptor, size)
-
-    def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            wait_until(lambda: select.select([], [self.descriptor], [], 0.2)[1], self.timeout)
-            view = view[os.write(self.descriptor, view) :]
-
-
-@contextlib.contextmanager
-def run_command(script: str, command: str, timeout: float, **options: Any) -> Iterator[subprocess.Popen]:
-    """Run a shell script whose $0 is the command; its process group ends with the block.
-
-    The command's messages go to an unnamed file, {messages} in the script. TransferError if it fails or stalls.
-    """
+def try_command(command: str, file: BinaryIO, output: bool, timeout: float) -> str:
+    """Run a shell command with a file as its standard input or output; what went wrong, or nothing."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if output:
+        file.truncate()
     with tempfile.TemporaryFile() as messages:
-        arguments = ["sh", "-c", script.replace("{messages}", f"/dev/fd/{messages.fileno()}"), command]
-        process = subprocess.Popen(arguments, pass_fds=[messages.fileno()], start_new_session=True, **options)
+        files = {"stdin": subprocess.DEVNULL, "stdout": file} if output else {"stdin": file, "stdout": messages}
+        process = subprocess.Popen(command, shell=True, stderr=messages, start_new_session=True, **files)
+        commands.add(process.pid)
         try:
-            yield process
-            wait_until(lambda: process.poll() is not None or time.sleep(0.02), timeout)
-            if process.returncode:
-                raise TransferError(f"failed with exit status {process.returncode}")
-        except TransferError as error:
-            messages.seek(0)
-            text = " ".join(messages.read().decode(errors="replace").split())[-300:]
-            raise TransferError(f"{command}: {error}{text and ': '}{text}") from None
+            position, deadline, problem = 0, time.monotonic() + timeout, ""
+            while process.poll() is None and not problem:
+                check_stop()
+                if position != (position := os.lseek(file.fileno(), 0, os.SEEK_CUR)):  # the command moves it
+                    deadline = time.monotonic() + timeout
+                problem = f"no progress for {timeout:g} s" if time.monotonic() > deadline else ""
+                time.sleep(0.02)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            status = process.wait()
+            commands.discard(process.pid)
+        if not problem and status:
+            problem = f"failed with exit status {status}"
+        elif not problem and not output and os.lseek(file.fileno(), 0, os.SEEK_CUR) < size:
+            problem = "exit status 0 before it had read all of its input"
+        messages.seek(0)
+        text = " ".join(messages.read().decode(errors="replace").split())[-300:]
+    return f"{problem}: {text}" if problem and text else problem
+
+
+def run_command(target: Target, command: str, file: BinaryIO, output: bool) -> None:
+    """try_command(), up to `retries` times again with exponential back-off. ShardError if it fails in the end."""
+    for failures in itertools.count(1):
+        problem = try_command(command, file, output, target.timeout)
+        if not problem:
+            return
+        if failures > target.retries:
+            raise ShardError(f"{command}: {problem}; fix it and rerun")
+        pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
+        retry = f"retry {failures} of {target.retries} in {pause:.1f} s"
+        print(f"# {command}: {problem}; {retry}", file=sys.stderr, flush=True)
+        for _ in range(int(pause * 20)):
+            check_stop()
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def open_reader(url: str, timeout: float) -> Iterator[BinaryIO | Pipe]:
-    """A stream of a file's bytes. OSError or TransferError if they can't be read to the end."""
+def open_reader(target: Target, url: str) -> Iterator[BinaryIO]:
+    """A stream of a file's bytes. ShardError or OSError if they can't be read."""
     if (scheme := url.split("://")[0]) in READ_COMMANDS:
         url = "pipe:" + READ_COMMANDS[scheme].format(shlex.quote(url))
-    if url.startswith("pipe:"):
-        script, options = 'exec 2>{messages}; eval "$0"', {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-        with run_command(script, url.removeprefix("pipe:"), timeout, **options) as process, process.stdout:
-            yield Pipe(process.stdout.fileno(), timeout)
-    else:
-        with open(url, "rb") as file:
-            yield file
-
-
-# This shell's stderr and stdout are the two ends of the command's input pipe. It keeps the write end open until the
-# writer says "complete" on its stdin, and only then does the command see the end of its input. If the writer is killed
-# first, `read` fails, and the process group is killed before the command can store an incomplete file.
-GUARD = 'sh -c "$0" <&2 >{messages} 2>&1 & exec 2>&-; read -r complete || kill -KILL 0; exec >&-; wait "$!"'
+    with tempfile.TemporaryFile() if url.startswith("pipe:") else open(url, "rb") as file:
+        if url.startswith("pipe:"):
+            run_command(target, url.removeprefix("pipe:"), file, output=True)
+            file.seek(0)
+        yield file
 
 
 @contextlib.contextmanager
-def command_writer(command: str, timeout: float) -> Iterator[Pipe]:
-    """A stream to a command's standard input, whose end it sees only if the block ends without an exception."""
-    read_end, write_end = os.pipe()
-    options, early = {"stdin": subprocess.PIPE, "stdout": write_end, "stderr": read_end}, False
-    with open(write_end, "wb", buffering=0) as pipe, run_command(GUARD, command, timeout, **options) as guard:
-        os.close(read_end)
-        try:
-            yield Pipe(write_end, timeout)
-        except BrokenPipeError:
-            early = True
-        pipe.close()
-        guard.stdin.write(b"complete\n")
-        guard.stdin.close()
-    if early:
-        raise TransferError(f"{command}: exit status 0 before it had read all of its input")
-
-
-@contextlib.contextmanager
-def open_writer(url: str, timeout: float) -> Iterator[BinaryIO | Pipe]:
+def open_writer(target: Target, url: str) -> Iterator[BinaryIO]:
     """A stream to write one file to, which exists, complete, only if the block ends without an exception."""
     if url.startswith("pipe:"):
-        with command_writer(url.removeprefix("pipe:"), timeout) as pipe:
-            yield pipe
+        with tempfile.TemporaryFile(dir=target.record) as file:
+            yield file
+            file.flush()
+            run_command(target, url.removeprefix("pipe:"), file, output=False)
         return
     temporary = f"{url}.tmp-{uuid.uuid4().hex[:12]}"  # no two processes or machines share one
     try:
@@ -485,15 +453,11 @@ def open_writer(url: str, timeout: float) -> Iterator[BinaryIO | Pipe]:
         Path(temporary).unlink(missing_ok=True)
 
 
-def write_text(url: str, text: str, timeout: float) -> None:
-    with open_writer(url, timeout) as file:
-        file.write(text.encode())
-
-
 def store(target: Target, name: str, text: str) -> None:
     """Write a small file under the prefix and, if that is a command, a copy into the record."""
     for url in dict.fromkeys((target.locate(name), str(target.record / name))):
-        retry(target.retries, write_text, url, text, target.timeout)
+        with open_writer(target, url) as file:
+            file.write(text.encode())
 
 
 # ---------------------------------------------------------------- images → one shard
@@ -547,7 +511,7 @@ def resize_image(data: bytes, pixels: int, quality: int) -> bytes:
 class ShardStream:
     """Passes a shard's bytes on, to or from another stream, and keeps their size, SHA-256 and blocks."""
 
-    def __init__(self, stream: BinaryIO | Pipe) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
         self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without gaps, from offset 0
         self.tail = bytearray()  # the bytes after the last block
@@ -611,7 +575,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
     """
     name, block_size, resize = SHARD_NAME.format(plan.split, number), plan.recipe["block_size"], plan.recipe["resize"]
     skipped, samples = [], 0
-    with open_writer(target.locate(name), target.timeout) as file:
+    with open_writer(target, target.locate(name)) as file:
         stream = ShardStream(file)
         # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
         with wds.TarWriter(stream, mtime=0) as tar:
@@ -720,10 +684,10 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
     """Write these shards and record each. ShardError if there are invalid images that are not to be skipped."""
     starts = list(itertools.accumulate(map(len, plan.shards), initial=0))
     brief = plan._replace(shards=[], about={})  # a worker gets the images of its shard only
-    jobs = {n: (target.retries, write_shard, brief, n, plan.shards[n], target, skip_invalid) for n in numbers}
+    jobs = {number: (brief, number, plan.shards[number], target, skip_invalid) for number in numbers}
     images, invalid, start = sum(len(plan.shards[n]) for n in numbers), [], time.monotonic()
     with tqdm(total=images, desc=plan.split, unit=" images", disable=None) as bar:
-        for number, future in run_jobs(retry, jobs, workers):
+        for number, future in run_jobs(write_shard, jobs, workers):
             bar.update(len(plan.shards[number]))
             try:
                 entry = future.result()
@@ -731,7 +695,8 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
                 invalid += error.args[0]
                 continue
             name, record = entry["url"], {"recipe": plan.recipe, "entry": entry}
-            write_text(str(target.record_path(name)), json.dumps(record), target.timeout)
+            with open_writer(target, str(target.record_path(name))) as file:
+                file.write(json.dumps(record).encode())
             for leftover in target.record.glob(f"{name}.tmp-*"):  # of a run that was killed, or writes the same bytes
                 leftover.unlink(missing_ok=True)
             invalid += entry.get("skipped", [])
@@ -802,9 +767,9 @@ def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> i
 def read_shard(
     target: Target, name: str, block_size: int, classes: int | None, decode: bool
 ) -> tuple[dict[str, Any], list[str], int, list[str]]:
-    """Read a shard to its end: (its entry in the index, keys, highest label, problems of its samples)."""
+    """Read a shard to its end: (its entry in the index, keys, highest label, problems)."""
     keys, highest, problems, end = [], -1, [], 0
-    with open_reader(target.locate(name), target.timeout) as file:
+    with open_reader(target, target.locate(name)) as file:
         stream = ShardStream(file)
         try:
             with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 17) as tar:
@@ -837,8 +802,8 @@ def read_shards(
     entries, and a key that two samples of a shard or, if `unique`, of all shards have.
     """
     entries, highest, owner, problems = {}, -1, {}, []
-    jobs = {name: (target.retries, read_shard, target, name, *options) for name in names}
-    for name, future in tqdm(run_jobs(retry, jobs, workers), total=len(names), unit=" shards", disable=None):
+    jobs = {name: (target, name, *options) for name in names}
+    for name, future in tqdm(run_jobs(read_shard, jobs, workers), total=len(names), unit=" shards", disable=None):
         try:
             entries[name], keys, label, found = future.result()
         except (ShardError, OSError) as error:
@@ -861,11 +826,11 @@ def read_shards(
     return [entries[name] for name in names], highest
 
 
-def read_index(url: str, timeout: float) -> dict[str, Any]:
+def read_index(target: Target, url: str) -> dict[str, Any]:
     """A complete index of this version. ShardError if there is none."""
     try:
-        with open_reader(url, timeout) as stream:
-            index = json.loads(b"".join(iter(lambda: stream.read(1 << 16), b"")))
+        with open_reader(target, url) as file:
+            index = json.loads(file.read())
         if index["__kind__"] == UNFINISHED:
             raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
         if strange := [entry["url"] for entry in index["shardlist"] if not SHARD.fullmatch(entry["url"])]:
@@ -882,7 +847,7 @@ def verify(args: argparse.Namespace, target: Target, split: str) -> None:
     """Compare every byte of a split's shards with the index. ShardError if anything differs."""
     name = INDEX_NAME.format(split)
     url = str(args.index / name) if args.index else target.locate(name)
-    index = read_index(url, target.timeout)
+    index = read_index(target, url)
     entries = {entry["url"]: entry for entry in index["shardlist"]}
     block_size = max((block[2] for entry in entries.values() for block in entry["blocks"]), default=1)
     options = block_size, len(index["classes"]), args.decode
@@ -961,10 +926,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", metavar="N", type=whole, default=cores, help="processes, with a shard each [%(default)s]")
     add("--retries", metavar="N", type=int, default=5, help="per shard whose command fails or stalls [%(default)s]")
     add("--timeout", metavar="S", type=whole, default=300, help="seconds without progress of a command [%(default)s]")
-    add("--block-size", metavar="N", type=whole, default=64, help="samples in a block, which readers fetch [%(default)s]")
+    add("--block-size", metavar="N", type=whole, default=64, help="samples in a block [%(default)s]")
     add = parser.add_argument_group("with --imagenet").add_argument
     add("--seed", type=int, default=0, help="of the one shuffle of each split [%(default)s]")
-    add("--maxsize", metavar="BYTES", type=whole, default="1e9", help="a shard ends when it has this many [%(default)s]")
+    add("--maxsize", metavar="BYTES", type=whole, default="1e9", help="a shard ends when it has as many [%(default)s]")
     add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples [%(default)s]")
     add("--resize", metavar="PX", type=whole, help="shrink images to a shorter side of PX pixels, encoded as JPEG")
     add("--quality", metavar="Q", type=int, default=90, choices=range(1, 96), help="of these JPEGs, 1–95 [%(default)s]")

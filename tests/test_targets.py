@@ -35,7 +35,7 @@ def store(tmp_path) -> Path:
 def storing(store: Path) -> str:
     """A command that stores as gsutil does: at the end of its input, under the final name."""
     quoted = shlex.quote(str(store))
-    return f"cat > {quoted}/part-%s && mv {quoted}/part-%s {quoted}/%s && echo %s >> {quoted}.order"
+    return f"cat > {quoted}/part-%s-$$ && mv {quoted}/part-%s-$$ {quoted}/%s && echo %s >> {quoted}.order"
 
 
 # ---------------------------------------------------------------- into a command

@@ -508,38 +508,28 @@ def resize_image(data: bytes, pixels: int, quality: int) -> bytes:
     return stream.getvalue()
 
 
-class ShardStream:
-    """Passes a shard's bytes on, to or from another stream, and keeps their size, SHA-256 and blocks."""
+class ShardDigest:
+    """Size, SHA-256 and blocks of a shard, from its bytes in order; writes them to a file if there is one."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
+    def __init__(self, file: BinaryIO | None = None) -> None:
+        self.file, self.size, self.sha256, self.crc32 = file, 0, hashlib.sha256(), 0
         self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without gaps, from offset 0
-        self.tail = bytearray()  # the bytes after the last block
-        self.ends: deque[tuple[int, int]] = deque()  # (offset, samples) of blocks to come; the bytes may have passed
-
-    def update(self, data: bytes) -> None:
-        self.size += len(data)
-        self.sha256.update(data)
-        self.tail += data
-        while self.ends and self.ends[0][0] <= self.size:
-            end, samples = self.ends.popleft()
-            offset = self.size - len(self.tail)
-            with memoryview(self.tail)[: end - offset] as block:
-                self.blocks.append([offset, end - offset, samples, zlib.crc32(block)])
-            del self.tail[: end - offset]
+        self.ends: deque[tuple[int, int]] = deque()  # (end, samples) of blocks whose last bytes have not passed yet
 
     def write(self, data: bytes) -> None:
-        self.stream.write(data)
-        self.update(data)
-
-    def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        self.update(data)
-        return data
+        if self.file:
+            self.file.write(data)
+        self.sha256.update(data)
+        view = memoryview(data)
+        while self.ends and self.ends[0][0] <= self.size + len(view):
+            end, samples = self.ends.popleft()
+            offset = self.blocks[-1][0] + self.blocks[-1][1] if self.blocks else 0
+            self.blocks.append([offset, end - offset, samples, zlib.crc32(view[: end - self.size], self.crc32)])
+            self.size, self.crc32, view = end, 0, view[end - self.size :]
+        self.size, self.crc32 = self.size + len(view), zlib.crc32(view, self.crc32)
 
     def entry(self, name: str) -> dict[str, Any]:
         """The shard's entry in the index, once all bytes have passed."""
-        self.update(b"")
         counts = {"nsamples": sum(samples for _, _, samples, _ in self.blocks), "filesize": self.size}
         return {"url": name} | counts | {"sha256": self.sha256.hexdigest(), "blocks": self.blocks}
 
@@ -576,9 +566,9 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
     name, block_size, resize = SHARD_NAME.format(plan.split, number), plan.recipe["block_size"], plan.recipe["resize"]
     skipped, samples = [], 0
     with open_writer(target, target.locate(name)) as file:
-        stream = ShardStream(file)
+        digest = ShardDigest(file)
         # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
-        with wds.TarWriter(stream, mtime=0) as tar:
+        with wds.TarWriter(digest, mtime=0) as tar:
             for image, data in zip(images, read_ahead(plan.root / image.path for image in images)):
                 check_stop()
                 if len(data) != image.size:
@@ -593,12 +583,12 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
                 tar.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
                 samples += 1
                 if samples % block_size == 0:
-                    stream.ends.append((tar.tarstream.offset, block_size))
+                    digest.ends.append((tar.tarstream.offset, block_size))
             if samples % block_size:
-                stream.ends.append((tar.tarstream.offset, samples % block_size))
+                digest.ends.append((tar.tarstream.offset, samples % block_size))
         if skipped and not skip_invalid:
             raise InvalidImages(skipped)
-    return stream.entry(name) | ({"skipped": skipped} if skipped else {})
+    return digest.entry(name) | ({"skipped": skipped} if skipped else {})
 
 
 # ---------------------------------------------------------------- plan → all shards and the index
@@ -768,16 +758,15 @@ def read_shard(
     target: Target, name: str, block_size: int, classes: int | None, decode: bool
 ) -> tuple[dict[str, Any], list[str], int, list[str]]:
     """Read a shard to its end: (its entry in the index, keys, highest label, problems)."""
-    keys, highest, problems, end = [], -1, [], 0
+    keys, highest, problems, end, digest = [], -1, [], 0, ShardDigest()
     with open_reader(target, target.locate(name)) as file:
-        stream = ShardStream(file)
         try:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 17) as tar:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 for key, sample, end in read_samples(tar):
                     check_stop()
                     keys.append(key)
                     if len(keys) % block_size == 0:
-                        stream.ends.append((end, block_size))
+                        digest.ends.append((end, block_size))
                     try:
                         highest = max(highest, read_label(sample, classes, decode))
                     except ValueError as error:
@@ -785,12 +774,16 @@ def read_shard(
         except tarfile.TarError as error:
             problems.append(str(error))
         if len(keys) % block_size:
-            stream.ends.append((end, len(keys) % block_size))
-        while stream.read(1 << 20):
+            digest.ends.append((end, len(keys) % block_size))
+        file.seek(end)
+        trailer = file.read(1 << 20)
+        if not problems and (len(trailer) < 1024 or trailer.strip(b"\0")):  # tarfile ends at a damaged header
+            problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
+        file.seek(0)
+        while data := file.read(1 << 20):
             check_stop()
-    if not problems and (len(stream.tail) < 1024 or stream.tail.strip(b"\0")):  # tarfile ends at a damaged header
-        problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
-    return stream.entry(name), keys, highest, problems
+            digest.write(data)
+    return digest.entry(name), keys, highest, problems
 
 
 def read_shards(

@@ -202,7 +202,8 @@ class Bucket:
 
     def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
         try:
-            return self.files.cat_file(locate(self.prefix, name), offset, offset + length)
+            end = offset + length if length < LIMIT else None  # None: a small file as a whole
+            return self.files.cat_file(locate(self.prefix, name), start=offset, end=end)
         except Exception as error:  # each library has its own
             permanent = isinstance(error, (FileNotFoundError, PermissionError))
             raise (PermanentError if permanent else TrainError)(reason(error)) from None

@@ -108,6 +108,15 @@ def test_a_tree_instead_of_shards(tree, tmp_path, capsys):
     assert f"--shards={tree}: a tree of images, not shards; convert it with imagenet_shards.py" in one_line(capsys)
 
 
+@pytest.mark.parametrize("command, said", [("cat {}", "No such file or directory"), ("exit 22; cat {}", "no message")])
+def test_a_command_without_its_slash_is_shown_as_it_was_run(shards, tmp_path, capsys, command, said):
+    """File names are appended to a prefix as they are. The message shows what that gave, and what the command said."""
+    command = command.format(shards)
+    assert train(f"pipe:{command}", tmp_path, "--retries=0") == 1
+    line = one_line(capsys)
+    assert f"pipe:{command}imagenet-train.json: the command failed with exit status" in line and said in line
+
+
 def test_one_class_is_refused(tmp_path, capsys):
     make_tree(tmp_path / "tree", train=4, val=2, classes=1)
     assert script.main([*SMALL, f"--imagenet={tmp_path}/tree", f"--output={tmp_path}/out"]) == 1
@@ -267,28 +276,23 @@ def test_a_run_that_fails_early_leaves_no_folder(shards, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def versions(output: Path) -> dict[str, set[str]]:
-    return {folder.name: {path.name for path in folder.iterdir()} for folder in output.iterdir()}
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
 def test_two_ranks_write_one_folder(unique, tmp_path, launcher):
-    """Twice from the beginning and once resumed, as torchrun starts the ranks and as Lightning does."""
+    """Beside an earlier run's, and then resumed, as torchrun starts the ranks and as Lightning does."""
     flags = [f"--shards={unique}", f"--output={tmp_path}/out"]
-    for number, more in enumerate((["--max-epochs=1"], ["--max-epochs=1"], ["--resume", "--max-epochs=2"])):
+    (tmp_path / "out" / "version_4").mkdir(parents=True)
+    for number, more in enumerate((["--max-epochs=1"], ["--resume", "--max-epochs=2"])):
         if launcher == "torchrun":
             run = record(tmp_path / f"run-{number}", *flags, *more, ranks=2, workers="0")
         else:
             run = record(tmp_path / f"run-{number}", *flags, *more, "--devices=2", workers="0")
         assert run.returncode == 0, run.stderr[-2000:]
-    found = versions(tmp_path / "out")
-    assert set(found) == {"version_0", "version_1"}
-    for files in found.values():
-        assert {"last.ckpt", "best.ckpt", "metrics.csv", "metrics.json", "model.pt"} <= files
-        assert not [name for name in files if name.startswith(".")]
-    epochs = [[row["epoch"] for row in rows(tmp_path / "out" / name) if row["val_top1"]] for name in sorted(found)]
-    assert epochs == [["1.0"], ["1.0", "2.0"]]
-    assert (tmp_path / "run-2" / "rank-1.jsonl").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["version_4", "version_5"]
+    assert not list((tmp_path / "out" / "version_4").iterdir())
+    files = {path.name for path in (tmp_path / "out" / "version_5").iterdir()}
+    assert {"last.ckpt", "best.ckpt", "metrics.csv", "metrics.json", "model.pt"} <= files
+    assert [row["epoch"] for row in rows(tmp_path / "out" / "version_5") if row["val_top1"]] == ["1.0", "2.0"]
+    assert (tmp_path / "run-1" / "rank-1.jsonl").exists()
 
 
 def test_the_best_epoch_is_exported(shards, tmp_path):

@@ -230,8 +230,9 @@ def test_evaluation_gives_what_torchvision_gives(thousand, known, tmp_path, monk
 
 @pytest.mark.parametrize(
     "model, weights, size, resize",
-    [("resnet50", "IMAGENET1K_V1", 224, 256), ("resnet50", "IMAGENET1K_V2", 224, 232), ("resnet50", "DEFAULT", 224, 232),
-     ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384), ("resnet50", "x.pt", 224, 256)],
+    [("resnet50", "IMAGENET1K_V1", 224, 256), ("resnet50", "IMAGENET1K_V2", 224, 232),
+     ("resnet50", "DEFAULT", 224, 232), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384),
+     ("resnet50", "x.pt", 224, 256)],
 )
 def test_named_weights_bring_their_sizes(model, weights, size, resize):
     args = script.parse_args(["--evaluate", f"--model={model}", f"--weights={weights}"])

@@ -197,8 +197,8 @@ class Bucket:
         try:  # an instance of its own: one that is shared across a fork hangs
             self.files = fsspec.filesystem(prefix.partition("://")[0], skip_instance_cache=True)
         except (ImportError, ValueError) as error:
-            remedy = "install it, or name a command, such as pipe:aws s3 cp s3://bucket/%s -"
-            raise PermanentError(f"{reason(error)}; {remedy}") from None
+            command = "gsutil cat gs://bucket/%s" if prefix.startswith("gs:") else "aws s3 cp s3://bucket/%s -"
+            raise PermanentError(f"{reason(error)}; install it, or name a command, such as pipe:{command}") from None
 
     def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
         try:

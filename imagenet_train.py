@@ -1800,7 +1800,7 @@ def version_folder(output: Path, checkpoint: Path | None) -> Path:
     """
     if checkpoint and checkpoint.name == "last.ckpt" and checkpoint.parent.parent.resolve() == output.resolve():
         return output / checkpoint.parent.name
-    return Path(CSVLogger(output.absolute(), name="").log_dir)
+    return Path(CSVLogger(output, name="").log_dir)
 
 
 def make_cache(folder: Path | None) -> Path | None:

@@ -117,15 +117,10 @@ def test_a_command_without_its_slash_is_shown_as_it_was_run(shards, tmp_path, ca
     assert f"pipe:{command}imagenet-train.json: the command failed with exit status" in line and said in line
 
 
-@pytest.mark.parametrize(
-    "prefix, library, command",
-    [("s3://bucket/x", "s3fs", "pipe:aws s3 cp s3://bucket/%s -"), ("gs://bucket/x", "gcsfs", "pipe:gsutil cat gs://")],
-)
-def test_a_bucket_without_its_library_gets_its_command(tmp_path, capsys, monkeypatch, prefix, library, command):
-    monkeypatch.setitem(sys.modules, library, None)  # as if not installed
-    assert train(prefix, tmp_path) == 1
-    line = one_line(capsys)
-    assert f"{library}" in line and f"name a command, such as {command}" in line
+@pytest.mark.parametrize("scheme, command", [("s3", "pipe:aws s3 cp s3://bucket/%s -"), ("gs", "pipe:gsutil cat gs://")])
+def test_a_bucket_is_answered_with_its_command(tmp_path, capsys, scheme, command):
+    assert train(f"{scheme}://bucket/x", tmp_path) == 1
+    assert command in one_line(capsys)
 
 
 def test_one_class_is_refused(tmp_path, capsys):

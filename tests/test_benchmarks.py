@@ -22,6 +22,9 @@ RUNS = {
     "sharding": (["--tree={tree}", "--rounds=1", "--workers=1"], r"60 images, .*\n(.*× *\n)*ours, 1 workers .* ×"),
     "profile_loading": (["--tree={tree}", "--images=64", "--rounds=1"], r"\| decode \| \d\.\d+ \|"),
     "planning": ([], r"all readers' plans, 1,024 × 8"),
+    "accuracy": (["--tree={tree}", "--classes=2", "--epochs=1", "--seeds=2", "--size=32", "--resize=36",
+                  "--batch-size=4", "--workers=0", "--model=squeezenet1_1"],
+                 r"\| 1 \| [\d.]+ \| [\d.]+ \| .*\n\| mean .* ± [\d.]+ \| [\d.]+ ± .*\ndifference of the means: [+-]"),
     "step": (["--shards={shards}", *SMALL, "--model=squeezenet1_1", "--batch-size=1", "--rounds=1"],
              r"bare +[\d.,]+ images/s .*\nscript .*\nshards +[\d.,]+ images/s"),
 }  # fmt: skip

@@ -15,9 +15,9 @@ import faults
 import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES, convert, forked
-from test_train_blocks import small_disk
 from test_shards import everything
 from test_train import BATCH, HERE, SMALL, diary, record
+from test_train_blocks import small_disk
 
 import imagenet_train as script
 

@@ -1504,6 +1504,7 @@ class SigtermHandler(pl.Callback):
             requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
         # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
         if requested and (trainer.validating or trainer.datamodule.loader.done):
+            trainer.strategy.barrier()  # the store may be in rank 0's process, which must not end before the others read
             raise SIGTERMException
 
     on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync

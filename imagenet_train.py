@@ -1427,10 +1427,9 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
     def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "fit":
-            self.validation_due = True
-            trainer.save_checkpoint(self.path)
-            self.validation_due = False
+        self.validation_due = True
+        trainer.save_checkpoint(self.path)
+        self.validation_due = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes

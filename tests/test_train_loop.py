@@ -87,27 +87,28 @@ def test_the_optimiser_gets_the_recipe(unique, tmp_path, rates):
     assert len(decay["params"]) + len(no_decay["params"]) == len(list(model.parameters()))
 
 
-def test_after_a_resume_the_flags_decide(unique, tmp_path, rates):
-    """After another batch size, rate, momentum, weight decay and length, all is as in a run that always had them."""
+@pytest.mark.parametrize("steps", [4, 11])
+def test_after_a_resume_the_flags_decide(unique, tmp_path, rates, steps):
+    """In an epoch or at its end, with other flags: at the same positions, all is as in a run that always had them."""
     flags = [f"--shards={unique}", "--warmup-epochs=1"]
-    new = ["--max-epochs=4", f"--batch-size={2 * BATCH}", "--lr=0.1", "--momentum=0.5", "--weight-decay=0.01"]
-    rates(tmp_path / "out", *flags, "--max-epochs=1")
+    new = ["--max-epochs=3", f"--batch-size={2 * BATCH}", "--lr=0.1", "--momentum=0.5", "--weight-decay=0.01"]
+    rates(tmp_path / "out", *flags, "--max-epochs=1", f"--max-steps={steps}")
     resumed = rates(tmp_path / "out", *flags, *new, "--resume")
     whole = rates(tmp_path / "whole", *flags, *new)
     resumed, whole = ({images: groups for (images, _), groups in used.items()} for used in (resumed, whole))
-    assert len(whole) == 4 * 5 and len(resumed) == 3 * 5
-    for images, groups in resumed.items():
-        assert groups == whole[images]
-    assert min(groups[0][0] for groups in resumed.values()) > 0
+    assert len(whole) == 3 * 5 and list(resumed) == list(whole)[2 if steps == 4 else 5 :]
+    assert all(groups == whole[images] and groups[0][0] > 0 for images, groups in resumed.items())
 
 
 def test_an_equal_global_batch_gives_equal_rates(unique, tmp_path, rates):
-    """… at every position, also when it is made of other batches and ranks: the peak depends on their product alone."""
-    flags = [f"--shards={unique}", "--max-epochs=2", "--warmup-epochs=1", f"--batch-size={2 * BATCH}"]
-    one = rates(tmp_path / "one", *flags)
-    run(tmp_path / "two", f"--shards={unique}", "--max-epochs=2", "--warmup-epochs=1", "--log-every=1", ranks=2)
-    logged = [row["lr"] for row in rows(tmp_path / "two" / "out") if row["lr"]]
-    assert [float(rate) for rate in logged] == pytest.approx([groups[0][0] for groups in one.values()])
+    """One rank, and from the third step on two with half of the batch each: the rate is the same at every position."""
+    flags = [f"--shards={unique}", "--max-epochs=2", "--warmup-epochs=1", "--log-every=1"]
+    used = rates(tmp_path / "whole", *flags, f"--batch-size={2 * BATCH}")
+    rates(tmp_path / "two" / "out", *flags, f"--batch-size={2 * BATCH}", "--max-steps=2")
+    run(tmp_path / "two", *flags, "--resume", ranks=2)
+    logged = [(float(row["epoch"]), float(row["lr"])) for row in rows(tmp_path / "two") if row["lr"]]
+    assert len(logged) == 10
+    assert logged == [pytest.approx((images / TRAIN_IMAGES, groups[0][0])) for (images, _), groups in used.items()]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -47,14 +47,28 @@ def test_sigterm_in_a_training_step(unique, tmp_path, undisturbed, ranks, term_a
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_in_validation(unique, tmp_path, undisturbed, ranks):
     flags = [f"--shards={unique}", "--max-epochs=2"]
-    processes = start(tmp_path, *flags, ranks=ranks)
-    wait_for(tmp_path / f"rank-{ranks - 1}.jsonl", '"val"')
-    processes[-1].terminate()
-    assert exit_codes(processes) == [SIGTERM_EXIT] * ranks
-    assert VALIDATED not in log(tmp_path)
+    out = run(tmp_path, *flags, ranks=ranks, expect=SIGTERM_EXIT, TERM_AT="val", TERM_RANK=str(ranks - 1))
+    assert VALIDATED not in out
     run(tmp_path, *flags, "--resume", ranks=ranks)
     assert log(tmp_path, 0).count(VALIDATED) == 2
     assert_same_weights(tmp_path, undisturbed[ranks])
+
+
+def test_sigterm_in_an_evaluation(unique, tmp_path, undisturbed):
+    flags = [f"--shards={unique}", "--evaluate", f"--resume={next(undisturbed[1].rglob('last.ckpt'))}"]
+    out = run(tmp_path, *flags, expect=SIGTERM_EXIT, TERM_AT="val")
+    assert "SIGTERM" in out and VALIDATED not in out
+
+
+def test_slurm_gets_no_checkpoints_of_lightnings_own(unique, tmp_path):
+    """Lightning would answer SIGUSR1 with hpc_ckpt_1.ckpt and requeue the job. Here it has its default effect."""
+    slurm = dict(SLURM_NTASKS="1", SLURM_JOB_NAME="train", SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_LOCALID="0",
+                 SLURM_NODEID="0", SLURM_NTASKS_PER_NODE="1")
+    processes = start(tmp_path, f"--shards={unique}", "--max-epochs=50", **slurm)
+    wait_for(tmp_path / "rank-0.jsonl", r"\[0, 3, ")
+    os.kill(processes[0].pid, signal.SIGUSR1)
+    assert exit_codes(processes) == [-signal.SIGUSR1], log(tmp_path)
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
 
 
 def test_no_further_process_group(unique, tmp_path, monkeypatch):
@@ -62,7 +76,7 @@ def test_no_further_process_group(unique, tmp_path, monkeypatch):
     run(tmp_path, f"--shards={unique}", "--max-epochs=1", ranks=2, expect=SIGTERM_EXIT, TERM_AT="1", TERM_RANK="1")
 
 
-# A command that stalls where it reads a training shard, in the ranks that $STALLS names. It makes a file there.
+# A command that stalls where it reads a training shard, in the ranks that $STALLS names, after making a file.
 STALLING = """pipe:case %s:$STALLS in *train*.tar:*"$RANK"*) touch {marker}; sleep 30;; esac; cat {shards}/%s"""
 
 

@@ -1,5 +1,8 @@
 # ./run build, or docker build --tag imagenet-webdataset .
-# Commands that a pipe: prefix needs, beside curl, come from PyPI: --build-arg tools="gsutil awscli".
+# Build arguments, each passed as --build-arg NAME=VALUE:
+#   tools                PyPI packages with the commands that a pipe: prefix calls, say tools="gsutil awscli"; curl is there
+#   PIP_EXTRA_INDEX_URL  an index with PyTorch for the CPU only (1 GB instead of 6) or for another version of CUDA
+#   base                 the base image
 ARG base=docker.io/library/python:3.12-slim
 FROM ${base}
 
@@ -11,10 +14,12 @@ RUN apt-get update \
 
 # What changes least comes first, so that a build after touching a script takes seconds.
 WORKDIR /app
-COPY requirements.txt ./
-RUN pip install --no-cache-dir --requirement requirements.txt
+COPY requirements.txt tests/constraints.txt ./
+ARG PIP_EXTRA_INDEX_URL
+# The versions that were tested, so that a later build installs the same.
+RUN pip install --no-cache-dir --requirement requirements.txt --constraint constraints.txt
 
-ARG tools=
+ARG tools
 # A list, to be split into its words; its versions are the caller's choice.
 # hadolint ignore=DL3013,SC2086
 RUN if [ -n "$tools" ]; then pip install --no-cache-dir $tools; fi

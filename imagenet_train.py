@@ -4,28 +4,28 @@
     python3 imagenet_train.py --shards='pipe:curl -s http://localhost:8080/' --devices=8
     python3 imagenet_train.py --shards='pipe:gsutil cat gs://bucket/%s' --resume
 
-In:  the shards and the index that imagenet_shards.py wrote, in a folder, at a URL, or behind a command that prints a file.
+In:  what imagenet_shards.py wrote, in a folder, at a URL, or behind a command that prints a file.
 Out: checkpoints, logs and the trained weights in --output.
 
-Guarantee: no sample is used twice in an epoch; fewer than ranks x batch are left out; validation sees every sample once.
-Every byte is checked before it is used. A run that is killed and resumed makes the same batches; with other settings (ranks,
-workers, batch size) it makes the rest of the epoch's samples. The default recipe is NVIDIA's, published with 77.1 % top-1.
+Guarantee: no sample is used twice in an epoch, and fewer than ranks x batch are left out; validation sees every sample
+once. Every byte is checked before it is used. A run that is killed and resumed makes the same batches; with other
+settings (ranks, workers, batch size), the rest of the epoch. The default recipe is NVIDIA's (77.1 % top-1).
 
 The pipeline that WebDataset's documentation teaches is
 
     wds.WebDataset(urls, shardshuffle=100, nodesplitter=wds.split_by_node)
         .shuffle(2000).decode("pil").to_tuple("jpg", "cls").batched(256)
 
-The same stages are here, in EpochDataset.pipeline(). These are replaced:
+EpochDataset.pipeline() has the same stages. These are replaced:
 
 | stage | here | what would otherwise go wrong |
 |---|---|---|
-| urls, shardshuffle | the epoch is a permutation of blocks of 64 samples | the order repeats every epoch; neighbours stay together |
-| split_by_node, by worker | each reader gets a run of the permutation | ranks get unequal numbers of batches and wait for ever |
-| opening a URL, cut tars | blocks are fetched by range; CRC-32; retries | a failed download ends the epoch early, in silence |
-| shuffle(2000) | wds.shuffle, over sample numbers, with a seed | an interrupted run cannot resume |
-| decode("pil") | JPEG and PNG only; crop, then resize, in uint8 | .pyd members are unpickled (code execution); 2x slower |
-| batched(256) | wds.batched; every batch is filled up to B rows | a short batch recompiles the model and weights ranks unequally |
+| urls, shardshuffle | a permutation of blocks of 64 samples | the order repeats every epoch; neighbours stay together |
+| split_by_node | each reader gets a run of the permutation | ranks make unequal numbers of batches and wait for ever |
+| opening a URL | ranged reads, CRC-32, retries | a failed download ends the epoch early, in silence |
+| shuffle(2000) | wds.shuffle over sample numbers, with a seed | an interrupted run cannot resume |
+| decode("pil") | JPEG and PNG; crop, then resize, in uint8 | unpickling runs code from .pyd members; half the speed |
+| batched(256) | wds.batched, filled up to B rows | a short batch recompiles the model, weights ranks unequally |
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ import uuid
 import warnings
 import zlib
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -102,6 +101,11 @@ class PermanentError(TrainError):
     """An error that a retry cannot fix."""
 
 
+def warn(text: str) -> None:
+    """Print a line on stderr, under the script's name."""
+    print(f"imagenet_train.py: {text}", file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------- prefix → bytes
 # A source reads a range of a file. What it returns is not trusted: the caller checks its length and CRC-32.
 
@@ -122,192 +126,9 @@ def printable(location: str) -> str:
     return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", location)
 
 
-def one_line(text: str, limit: int = 300) -> str:
-    """Text of any origin, for a message of one line; its end, where commands and tracebacks say what happened."""
-    return " ".join(text.split())[-limit:]
-
-
-@dataclass
-class Folder:
-    """Reads files of a folder. PermanentError if a file cannot be read."""
-
-    prefix: str
-    timeout: float
-
-    def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
-        try:
-            with open(locate(self.prefix, name), "rb") as file:
-                file.seek(offset)
-                return file.read(length)
-        except OSError as error:
-            raise PermanentError(error.strerror) from None
-
-
-@dataclass
-class Web:
-    """Reads ranges of files over HTTP, a request each; obeys http_proxy and https_proxy."""
-
-    prefix: str
-    timeout: float
-
-    def open(self, name: str, offset: int, length: int) -> http.client.HTTPResponse:
-        """The response, of status 206, or 200 if the server ignores ranges. TrainError with its status otherwise."""
-        url = urllib.parse.urlsplit(locate(self.prefix, name))
-        user, _, host = url.netloc.rpartition("@")
-        request = urllib.request.Request(url._replace(netloc=host).geturl())
-        if user:
-            token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {token}")
-        if length >= 0:
-            request.add_header("Range", f"bytes={offset}-{offset + length - 1}")
-        try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            permanent = 400 <= error.code < 500 and error.code not in (408, 425, 429)
-            raise (PermanentError if permanent else TrainError)(f"HTTP status {error.code} {error.reason}") from None
-
-    def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
-        try:
-            with self.open(name, offset, length) as response:
-                skip = offset if response.status != 206 else 0
-                while skip > 0 and (ignored := response.read(min(skip, 1 << 20))):
-                    skip -= len(ignored)
-                data = response.read(length if length >= 0 else LIMIT + 1)
-                if length < 0 and response.length and len(data) <= LIMIT:
-                    raise TrainError(f"the last {response.length} bytes are missing")
-                return data
-        except ValueError as error:  # not a URL
-            raise PermanentError(str(error)) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise TrainError(one_line(str(getattr(error, "reason", error)) or type(error).__name__)) from None
-
-
-class Bucket:
-    """Reads ranges of objects in s3:// or gs:// through fsspec, which needs s3fs or gcsfs."""
-
-    def __init__(self, prefix: str, timeout: float) -> None:
-        self.prefix = prefix
-        try:
-            # An instance of its own: one that is shared across a fork hangs.
-            self.files = fsspec.filesystem(prefix.partition("://")[0], skip_instance_cache=True)
-        except (ImportError, ValueError) as error:
-            raise PermanentError(f"{one_line(str(error))}; or name a command, such as pipe:aws s3 cp s3://bucket/%s -") from None
-
-    def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
-        try:
-            return self.files.cat_file(locate(self.prefix, name), offset, offset + length if length >= 0 else None)
-        except (FileNotFoundError, PermissionError) as error:
-            raise PermanentError(one_line(str(error)) or type(error).__name__) from None
-        except Exception as error:  # each library has its own
-            raise TrainError(one_line(str(error)) or type(error).__name__) from None
-
-
-# What curl, gsutil, aws, sh and the kernel print when a file does not exist or may not be read.
-PERMANENT = re.compile(
-    r"exit status 12[67]\b|error( code)?: 40[134]\b|40[134] (Not Found|Forbidden|Unauthorized)|No such file"
-    r"|Exception: 40[134] |\(40[134]\)|Not a directory|Is a directory|Permission denied|No URLs matched|NoSuchKey"
-    r"|NoSuchBucket|AccessDenied|Unable to locate credentials|not found",
-    re.IGNORECASE,
-)
-
-
-class Command:
-    """Reads the output of a command, forwards only: it is started for a file and read on as ranges are wanted.
-
-    The command's exit status and messages only explain missing bytes; they decide nothing about those that came.
-    """
-
-    def __init__(self, prefix: str, timeout: float) -> None:
-        self.prefix, self.timeout = prefix, timeout
-        self.name, self.position, self.process = "", 0, None
-        self.closed, self.lock = False, threading.Lock()
-
-    def start(self, name: str) -> None:
-        self.stop()
-        with self.lock:  # close() may come from another thread
-            if self.closed:
-                raise PermanentError("closed")
-            self.messages = tempfile.TemporaryFile()
-            self.process = subprocess.Popen(
-                locate(self.prefix, name).removeprefix("pipe:"), shell=True, bufsize=0, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=self.messages,
-                start_new_session=True,  # a process group, so that stop() also ends the command's children
-            )
-        self.name, self.position = name, 0
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes; fewer only at the end of the output. TrainError after `timeout` seconds without any."""
-        pipe, parts, wanted = self.process.stdout, [], count
-        poll = select.poll()
-        poll.register(pipe)
-        while wanted > 0:
-            if not poll.poll(1000 * self.timeout):
-                raise TrainError(f"no byte for {self.timeout:g} s")
-            if not (data := pipe.read(min(wanted, 1 << 20))):
-                break
-            parts.append(data)
-            wanted -= len(data)
-        self.position += count - wanted
-        return b"".join(parts)
-
-    def failure(self) -> str:
-        """Why the output ended early, in the command's words; empty if it succeeded. TrainError if it does not end."""
-        try:
-            status = self.process.wait(self.timeout)
-        except subprocess.TimeoutExpired:
-            raise TrainError(f"the command did not end within {self.timeout:g} s after its last byte") from None
-        self.messages.seek(0)
-        said = one_line(self.messages.read().decode(errors="replace"))
-        return f"the command failed with exit status {status}: {said or 'no message'}" if status else ""
-
-    def take_range(self, offset: int, length: int) -> bytes:
-        while self.position < offset and self.take(min(offset - self.position, 1 << 20)):
-            pass  # what precedes is discarded
-        return self.take(length)
-
-    def read(self, name: str, offset: int = 0, length: int = -1) -> bytes:
-        if self.process and name == self.name and self.position <= offset:
-            with contextlib.suppress(TrainError):  # a server may close a connection that waited: not an error yet
-                if len(data := self.take_range(offset, length)) == length:
-                    return data
-        self.start(name)
-        data = self.take_range(offset, length if length >= 0 else LIMIT + 1)
-        if len(data) < (length if length >= 0 else LIMIT + 1) and (failure := self.failure()):
-            found = f"found {len(data)} bytes, then " if data else ""
-            raise (PermanentError if PERMANENT.search(failure) else TrainError)(found + failure)
-        return data
-
-    def stop(self) -> None:
-        """End the command and its children, and release its descriptors."""
-        process, self.process = self.process, None
-        if process:
-            kill(process)
-            process.stdout.close()
-            self.messages.close()
-
-    def close(self) -> None:
-        """From another thread: end the command; a read in progress fails, later ones too."""
-        with self.lock:
-            self.closed = True
-            if self.process:
-                kill(self.process)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """End a command and its children."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or runs as another user
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
-
-
-def open_source(prefix: str, timeout: float) -> Folder | Web | Bucket | Command:
-    """What reads files under this prefix. timeout: seconds without a byte after which a read fails."""
-    if prefix.startswith("pipe:"):
-        return Command(prefix, timeout)
-    if prefix.startswith(("http://", "https://")):
-        return Web(prefix, timeout)
-    return (Bucket if re.match(r"[a-z][a-z0-9+.-]*://", prefix) else Folder)(prefix, timeout)
+def reason(error: Exception) -> str:
+    """An error's text in one line; of a long one the end, where tracebacks and commands say what happened."""
+    return " ".join(str(error).split())[-300:] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -319,20 +140,177 @@ def naming(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from None
 
 
-def streamed(prefix: str, name: str, timeout: float) -> str:
-    """The prefix; that of a web server which ignores ranges, tried with ten bytes of a file, as a command."""
-    if prefix.startswith(("http://", "https://")):
-        with naming(printable(locate(prefix, name))), Web(prefix, timeout).open(name, 0, 10) as response:
-            if response.status != 206:
-                return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
-    return prefix
+class Folder:
+    """Reads files of a folder."""
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix = prefix
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        """`length` bytes of a file; fewer only at its end. TrainError, a PermanentError where a retry cannot help."""
+        try:
+            with open(locate(self.prefix, name), "rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except OSError as error:
+            raise PermanentError(error.strerror) from None
+
+
+class Web:
+    """Reads ranges of files over HTTP, a request each. Obeys http_proxy and https_proxy."""
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix, self.timeout = prefix, timeout
+
+    def open(self, name: str, offset: int, length: int) -> http.client.HTTPResponse:
+        """The response: status 206, or 200 from a server that ignores ranges. TrainError for any other status."""
+        url = urllib.parse.urlsplit(locate(self.prefix, name))
+        user, _, host = url.netloc.rpartition("@")
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        if user:
+            headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request = urllib.request.Request(url._replace(netloc=host).geturl(), headers=headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            permanent = 400 <= error.code < 500 and error.code not in (408, 425, 429)
+            raise (PermanentError if permanent else TrainError)(f"HTTP status {error.code} {error.reason}") from None
+        except urllib.error.URLError as error:
+            raise TrainError(reason(error.reason)) from None
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        try:
+            with self.open(name, offset, length) as response:
+                data = response.read(length)
+                if response.length and len(data) < length:  # of those that the server announced
+                    raise TrainError(f"found {len(data)} bytes, {response.length} are missing")
+                return data
+        except (OSError, http.client.HTTPException) as error:
+            raise TrainError(reason(error)) from None
+
+
+class Bucket:
+    """Reads ranges of objects in s3:// or gs:// through fsspec, which needs s3fs or gcsfs."""
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix = prefix
+        try:  # an instance of its own: one that is shared across a fork hangs
+            self.files = fsspec.filesystem(prefix.partition("://")[0], skip_instance_cache=True)
+        except (ImportError, ValueError) as error:
+            remedy = "install it, or name a command, such as pipe:aws s3 cp s3://bucket/%s -"
+            raise PermanentError(f"{reason(error)}; {remedy}") from None
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        try:
+            return self.files.cat_file(locate(self.prefix, name), offset, offset + length)
+        except Exception as error:  # each library has its own
+            permanent = isinstance(error, (FileNotFoundError, PermissionError))
+            raise (PermanentError if permanent else TrainError)(reason(error)) from None
+
+
+# What curl, gsutil, aws, sh and the kernel print when a file does not exist or may not be read.
+PERMANENT = re.compile(
+    r"exit status 12[67]\b|error( code)?: 40[134]\b|40[134] (Not Found|Forbidden|Unauthorized)|No such file"
+    r"|Exception: 40[134] |\(40[134]\)|Not a directory|Is a directory|Permission denied|No URLs matched|NoSuchKey"
+    r"|NoSuchBucket|AccessDenied|Unable to locate credentials|not found",
+    re.IGNORECASE,
+)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a command and its children."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or runs as another user
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+class Command:
+    """Reads the output of a command, forwards only: it is started for a file and read on as ranges are wanted.
+
+    The command's exit status and messages only explain missing bytes; they decide nothing about those that came.
+    """
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix, self.timeout = prefix, timeout
+        self.name, self.position, self.process, self.closed = "", 0, None, False
+
+    def start(self, name: str) -> None:
+        self.stop()
+        self.name, self.position, self.messages = name, 0, tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            locate(self.prefix, name).removeprefix("pipe:"), shell=True, bufsize=0, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=self.messages,
+            start_new_session=True,  # a process group, so that kill() also ends the command's children
+        )
+        if self.closed:  # close() may have come before this process
+            kill(self.process)
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes; fewer only at the output's end. TrainError if none come for `timeout` seconds."""
+        pipe, parts, end = self.process.stdout, [], self.position + count
+        poll = select.poll()
+        poll.register(pipe)
+        while self.position < end:
+            if not poll.poll(1000 * self.timeout):
+                raise TrainError(f"no byte for {self.timeout:g} s")
+            if not (data := pipe.read(min(end - self.position, 1 << 20))):
+                break
+            parts.append(data)
+            self.position += len(data)
+        return b"".join(parts)
+
+    def take_range(self, offset: int, length: int) -> bytes:
+        while self.position < offset and self.take(min(offset - self.position, 1 << 20)):
+            pass  # what precedes is discarded
+        return self.take(length)
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        if self.process and name == self.name and self.position <= offset:
+            with contextlib.suppress(TrainError):  # a server may close a connection that waited: not an error yet
+                if len(data := self.take_range(offset, length)) == length:
+                    return data
+        self.start(name)
+        data = self.take_range(offset, length)
+        if len(data) < length:
+            try:
+                status = self.process.wait(self.timeout)
+            except subprocess.TimeoutExpired:
+                raise TrainError("the command closed its output but does not end") from None
+            if status:
+                self.messages.seek(0)
+                said = " ".join(self.messages.read().decode(errors="replace").split())[-300:] or "no message"
+                text = f"the command failed with exit status {status}: {said}"
+                text = f"found {len(data)} bytes, then {text}" if data else text
+                raise (PermanentError if PERMANENT.search(text) else TrainError)(text)
+        return data
+
+    def close(self) -> None:
+        """From another thread: end the command; a read in progress fails, later ones too."""
+        self.closed = True
+        if self.process:
+            kill(self.process)
+
+    def stop(self) -> None:
+        if self.process:
+            kill(self.process)
+            self.process.stdout.close()
+            self.messages.close()
+        self.process = None
+
+
+def open_source(prefix: str, timeout: float) -> Folder | Web | Bucket | Command:
+    """What reads files under this prefix. timeout: seconds without a byte after which a read fails."""
+    kinds = {"pipe:": Command, "http://": Web, "https://": Web}
+    kind = next((kind for start, kind in kinds.items() if prefix.startswith(start)), None)
+    return (kind or (Bucket if re.match(r"[a-z][a-z0-9+.-]*://", prefix) else Folder))(prefix, timeout)
 
 
 def retry(read: Callable[[], Any], retries: int, stop: threading.Event | None = None) -> Any:
     """read(); after a TrainError again, up to `retries` times, with exponential back-off and jitter.
 
     The pauses are 1, 2, 4 … s, at most 60, each times 0.5 to 1 at random, so that a thousand readers do not return to a
-    server at once. PermanentError is not retried. After stop.set() nothing is.
+    server at once. PermanentError is not retried; after stop.set() nothing is.
     """
     for failures in itertools.count(1):
         try:
@@ -341,7 +319,7 @@ def retry(read: Callable[[], Any], retries: int, stop: threading.Event | None = 
             if isinstance(error, PermanentError) or failures > retries or stop and stop.is_set():
                 raise
             pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
-            print(f"imagenet_train.py: {error}; retry {failures} of {retries} in {pause:.1f} s", file=sys.stderr, flush=True)
+            warn(f"{error}; retry {failures} of {retries} in {pause:.1f} s")
         stop.wait(pause) if stop else time.sleep(pause)
 
 
@@ -350,7 +328,7 @@ def retry(read: Callable[[], Any], retries: int, stop: threading.Event | None = 
 
 
 class Block(NamedTuple):
-    """A run of consecutive samples in one shard, the unit that is read, checked and cached."""
+    """A run of consecutive samples in one shard: the unit that is read, checked and cached."""
 
     shard: int  # position in Index.names
     offset: int  # bytes
@@ -361,7 +339,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """The index of a split, or a tree of files as one whose blocks are files of one sample.
+    """The index of a split, or a tree of image files as one whose blocks are files of one sample.
 
     A sample's number is its position in the order of the blocks, which is that of the shards.
     """
@@ -376,7 +354,7 @@ class Index:
     tree: bool = False  # names are paths below the prefix, WNID/KEY.JPEG; sizes, lengths and checksums are unknown
 
     @cached_property
-    def starts(self) -> Sequence[int]:
+    def starts(self) -> list[int]:
         """Number of each block's first sample, and the total."""
         return list(itertools.accumulate((block.samples for block in self.blocks), initial=0))
 
@@ -396,20 +374,6 @@ class Index:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def read_file(prefix: str, name: str, timeout: float) -> bytes:
-    """A small file. TrainError that names it and what was found instead."""
-    source = open_source(prefix, timeout)
-    try:
-        with naming(printable(locate(prefix, name))):
-            data = source.read(name)
-            if len(data) > LIMIT:
-                raise PermanentError(f"more than {LIMIT >> 20} MiB, not an index")
-            return data
-    finally:
-        if isinstance(source, Command):
-            source.close()
-
-
 def describe(data: bytes) -> str:
     """What bytes are that should have been something else: the text of an HTML page, or how they begin."""
     if data.lstrip()[:1] == b"<":
@@ -419,15 +383,15 @@ def describe(data: bytes) -> str:
 
 
 def parse_index(data: bytes, prefix: str) -> Index:
-    """An index from its JSON text. ValueError with what is wrong; hostile text is as harmless as any other."""
+    """An index from its JSON text. ValueError says what is wrong; no text can do harm."""
     try:
         content = json.loads(data)
         if content["__kind__"] == "imagenet-conversion-not-finished":
             raise ValueError("the conversion is not finished; rerun imagenet_shards.py until it writes the index")
         shards, classes, names = content["shardlist"], content["classes"], content.get("class_names")
         if any("blocks" not in shard for shard in shards):
-            raise ValueError(
-                "the index lists no blocks; add them with: python3 imagenet_shards.py --index-only --shards=" + prefix)
+            command = f"python3 imagenet_shards.py --index-only --shards={printable(prefix)}"
+            raise ValueError(f"the index lists no blocks; add them with: {command}")
         columns = [[shard[key] for shard in shards] for key in ("url", "filesize", "sha256")]
         blocks = [Block(number, *block) for number, shard in enumerate(shards) for block in shard["blocks"]]
         index = Index(prefix, classes, *columns, blocks, names)
@@ -435,8 +399,9 @@ def parse_index(data: bytes, prefix: str) -> Index:
         invalid = [x for x in index.names if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar", x)]
         invalid += [x for x in index.checksums if not re.fullmatch("[0-9a-f]{64}", x)]
         invalid += [x for x in classes + (names or classes) if not isinstance(x, str)]
-        invalid += [x for x in index.sizes if type(x) is not int or not 0 <= x < 1 << 50]
-        invalid += [b for b in blocks if any(type(x) is not int or x < 0 for x in b) or not b.samples or b.length > 1 << 30]
+        invalid += [x for x in index.sizes if type(x) is not int]
+        invalid += [b for b in blocks if any(type(x) is not int or not 0 <= x < 1 << 50 for x in b)]
+        invalid += [b for b in blocks if not invalid and (not b.samples or b.length > 1 << 30)]
         if not invalid:
             ends = [block.offset + block.length for block in blocks]
             invalid += [b for b, end in zip(blocks, ends) if end > index.sizes[b.shard]]
@@ -450,29 +415,48 @@ def parse_index(data: bytes, prefix: str) -> Index:
     return index
 
 
+def read_file(prefix: str, name: str, timeout: float) -> bytes:
+    """A file of at most 64 MiB. TrainError names it."""
+    with naming(printable(locate(prefix, name))):
+        source = open_source(prefix, timeout)
+        try:
+            return source.read(name)
+        finally:
+            if isinstance(source, Command):
+                source.close()
+
+
+def readable_prefix(prefix: str, name: str, timeout: float) -> str:
+    """The prefix; that of a web server which ignores ranges, tried with ten bytes of a file, as a command."""
+    if prefix.startswith(("http://", "https://")):
+        with naming(printable(locate(prefix, name))), Web(prefix, timeout).open(name, 0, 10) as response:
+            if response.status != 206:
+                return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
+    return prefix
+
+
 def read_index(shards: str, split: str, retries: int = 0, timeout: float = 60, index: str | None = None) -> Index:
     """Read and check imagenet-SPLIT.json under `shards`, or under `index` where it lies elsewhere than the shards.
 
     TrainError if it does not exist or is not an index, with the remedy.
     """
     prefix, name = index or shards, f"imagenet-{split}.json"
-    flag = f"--index={printable(prefix)}" if index else f"--shards={printable(prefix)}"
-    if "://" not in prefix and not prefix.startswith("pipe:") and "%s" not in prefix:
-        folder = Path(prefix)
-        if not folder.is_dir():
-            raise PermanentError(f"{flag}: no such folder; imagenet_shards.py makes it")
-        if (folder / split).is_dir() and not (folder / name).exists():
-            raise PermanentError(f"{flag}: a tree of images, not shards; convert it with imagenet_shards.py, or use --imagenet")
+    flag = f"{'--index' if index else '--shards'}={printable(prefix)}"
+    local = not re.match(r"pipe:|[a-z][a-z0-9+.-]*://", prefix) and "%s" not in prefix
+    if local and not Path(prefix).is_dir():
+        raise PermanentError(f"{flag}: no such folder; imagenet_shards.py makes it")
+    if local and Path(prefix, split).is_dir() and not Path(prefix, name).exists():
+        raise PermanentError(f"{flag}: a tree of images, not shards; run imagenet_shards.py, or use --imagenet")
     try:
         data = retry(partial(read_file, prefix, name, timeout), retries)
     except TrainError as error:
-        remedy = "make it with imagenet_shards.py" if Path(prefix).is_dir() else f"is {flag} right?"
+        remedy = "make it with imagenet_shards.py" if local else f"is {flag} right?"
         raise type(error)(f"{error}; {remedy}") from None
     try:
         found = parse_index(data, shards)
     except ValueError as error:
-        raise TrainError(f"{printable(locate(prefix, name))}: {error}; {flag} must lead to what imagenet_shards.py wrote") from None
-    return replace(found, prefix=retry(partial(streamed, shards, found.names[0], timeout), retries))
+        raise TrainError(f"{printable(locate(prefix, name))}: {error}; {flag} must name the shards' place") from None
+    return replace(found, prefix=retry(partial(readable_prefix, shards, found.names[0], timeout), retries))
 
 
 def read_tree(folder: Path, split: str) -> Index:
@@ -487,13 +471,13 @@ def read_tree(folder: Path, split: str) -> Index:
         text = str(error.strerror or error).splitlines()[0]
         raise TrainError(f"--imagenet={folder}: {text}; give the folder that holds train/ and val/") from None
     names = [os.path.relpath(path, root) for path, _ in found.samples]
-    blocks = [Block(number, 0, -1, 1, 0) for number in range(len(names))]
+    blocks = [Block(number, 0, LIMIT, 1, 0) for number in range(len(names))]
     return Index(str(root), found.classes, names, [0] * len(names), [], blocks, tree=True)
 
 
 # ---------------------------------------------------------------- index → order
-# The order of an epoch is a pure function of the index, the seed and the settings. Every process computes it alone, so a
-# resumed run needs no record of what was used: it computes that too.
+# The order of an epoch is a pure function of index, seed and settings. Every process computes it alone; a resumed run
+# computes what was used.
 
 
 class Division(NamedTuple):
@@ -662,17 +646,15 @@ class LoaderConfig:
 
 def fetch(source: Folder | Web | Bucket | Command, index: Index, block: Block) -> bytes:
     """A block's bytes from its source, checked. TrainError that names shard, block, source and what was found."""
-    name = index.names[block.shard]
-    place = name if index.tree else f"{name}, {block.samples} sample{'s' * (block.samples > 1)} at byte {block.offset}"
+    name, count = index.names[block.shard], f"{block.samples} sample{'s' * (block.samples > 1)}"
+    place = name if index.tree else f"{name}, {count} at byte {block.offset}"
     with naming(f"{place}, from {printable(locate(index.prefix, name))}"):
         data = source.read(name, block.offset, block.length)
         if index.tree or len(data) == block.length and zlib.crc32(data) == block.crc32:
             return data
+        problem = f"CRC-32 is {zlib.crc32(data):08x}, the index lists {block.crc32:08x}; found {describe(data)}"
         if len(data) < block.length:
-            problem = f"found {len(data)} of {block.length} bytes"
-            problem += f", {describe(data)}" if data.lstrip()[:1] == b"<" else ""
-        else:
-            problem = f"CRC-32 is {zlib.crc32(data):08x}, the index lists {block.crc32:08x}; found {describe(data)}"
+            problem = f"found {len(data)} of {block.length} bytes, {describe(data)}"
         if isinstance(source, Folder):
             raise PermanentError(f"{problem}; copy or convert the shard again")
         raise TrainError(problem)
@@ -689,71 +671,71 @@ def fetch_cached(read: Callable[[], bytes], config: LoaderConfig, block: Block, 
         data = path.read_bytes()
         if len(data) == block.length and zlib.crc32(data) == block.crc32:
             return data
-    data = read()
-    temporary = path.with_name(f"tmp-{uuid.uuid4().hex}")
-    try:
-        if not disk_full.is_set():
+    data, temporary = read(), path.with_name(f"tmp-{uuid.uuid4().hex}")
+    if not disk_full.is_set():
+        try:
             temporary.write_bytes(data)
             temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not disk_full.is_set():
-            disk_full.set()
-            print(f"imagenet_train.py: --cache={config.cache}: {error.strerror}; continuing without", file=sys.stderr)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if not disk_full.is_set():
+                disk_full.set()
+                warn(f"--cache={config.cache}: {error.strerror}; continuing without")
     return data
 
 
-def unpack(data: bytes, name: str) -> list[dict[str, Any]]:
-    """The samples of a block, which is a run of tar members: {"__key__", "__url__", "cls", "jpg" …}, values bytes.
+def unpack(data: bytes, block: Block, index: Index) -> list[dict[str, Any]]:
+    """The samples of a block, a run of tar members: {"__key__", "__url__", "cls", "jpg" …}, values bytes.
 
-    ValueError if a member is too large, or a sample is incomplete.
+    PermanentError if they are not those that the index lists: its checksum is right, so a retry cannot help.
     """
-    members = []
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            if member.size > LIMIT:
-                raise ValueError(f"member {member.name!r} of {member.size} bytes, more than {LIMIT} are not accepted")
-            if member.isreg():
-                members.append({"fname": member.name, "data": tar.extractfile(member).read(), "__url__": name})
-    samples = list(group_by_keys(members))
-    for sample in samples:
-        if "cls" not in sample or not sample.keys() & {"jpg", "jpeg", "png"}:
-            raise ValueError(f"sample {sample['__key__']!r} has no image or no cls")
-    return samples
+    name, members = index.names[block.shard], []
+    if index.tree:
+        label = bisect.bisect_left(index.classes, Path(name).parts[0])
+        return [{"__key__": Path(name).stem, "__url__": name, "cls": str(label).encode(), "jpg": data}]
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if member.size > LIMIT:
+                    raise ValueError(f"member {member.name!r} has {member.size} bytes, more than {LIMIT}")
+                if member.isreg():
+                    members.append({"fname": member.name, "data": tar.extractfile(member).read(), "__url__": name})
+        samples = list(group_by_keys(members))
+        if len(samples) != block.samples:
+            raise ValueError(f"{len(samples)} samples, the index lists {block.samples}")
+        for sample in samples:
+            if "cls" not in sample or not sample.keys() & {"jpg", "jpeg", "png"}:
+                raise ValueError(f"sample {sample['__key__']!r} has no image or no cls")
+        return samples
+    except (ValueError, tarfile.TarError) as error:
+        raise PermanentError(f"{name}, block at byte {block.offset}: {reason(error)}; make the index again") from None
 
 
-def read_ahead(
-    fetch: Callable[[Block], bytes], blocks: Iterable[Block], threads: int, ahead: int = 4
-) -> Iterator[tuple[Block, bytes]]:
-    """(block, fetch(block)) of each block, in order; daemon threads fetch up to `ahead` blocks before they are wanted.
-
-    Not a ThreadPoolExecutor: at exit Python would wait for its threads, of which one may hang in a read.
-    """
-    tasks: queue.SimpleQueue[tuple[Block, Future] | None] = queue.SimpleQueue()
+def read_ahead(fetch: Callable[[Any], bytes], blocks: Sequence[Any], ahead: int = 4) -> Iterator[bytes]:
+    """fetch(block) of each block, in order, from a daemon thread that is at most `ahead` blocks in advance."""
+    results: queue.Queue[Future] = queue.Queue(ahead - 1)  # and one in hand
+    stop = threading.Event()
 
     def work() -> None:
-        while task := tasks.get():
-            block, result = task
+        for block in blocks:
+            result = Future()
             try:
                 result.set_result(fetch(block))
             except BaseException as error:
                 result.set_exception(error)
+            results.put(result)
+            if stop.is_set():
+                return
 
-    for _ in range(threads):
-        threading.Thread(target=work, daemon=True).start()
-    pending: deque[tuple[Block, Future]] = deque()
+    threading.Thread(target=work, daemon=True).start()
     try:
-        for block in itertools.chain(blocks, [None] * ahead):
-            if block is not None:
-                pending.append((block, Future()))
-                tasks.put(pending[-1])
-            if pending and (block is None or len(pending) > ahead):
-                block, result = pending.popleft()
-                yield block, result.result()
+        for _ in blocks:
+            yield results.get().result()
     finally:
-        for _ in range(threads):
-            tasks.put(None)
+        stop.set()
+        with contextlib.suppress(queue.Empty):  # lets the thread put what it has in hand
+            results.get_nowait()
 
 
 def read_samples(
@@ -764,38 +746,23 @@ def read_samples(
     blocks: those that hold them, in the order in which they are fetched.
     """
     index, order, held = config.index, list(order), {}
-    due = set(order)
-    labels = {wnid: str(label).encode() for label, wnid in enumerate(index.classes)}
-    source, stop = open_source(index.prefix, config.timeout), threading.Event()
+    due, source, stop = set(order), open_source(index.prefix, config.timeout), threading.Event()
 
-    def fetch_block(block: Block) -> bytes:
+    def fetch_block(number: int) -> bytes:
+        block = index.blocks[number]
         read = partial(retry, partial(fetch, source, index, block), config.retries, stop)
         return fetch_cached(read, config, block, disk_full) if config.cache else read()
 
-    def unpack_block(block: Block, data: bytes) -> list[dict[str, Any]]:
-        name = index.names[block.shard]
-        if index.tree:
-            return [{"__key__": Path(name).stem, "__url__": name, "cls": labels[Path(name).parts[0]], "jpg": data}]
-        try:
-            samples = unpack(data, name)
-            if len(samples) != block.samples:
-                raise ValueError(f"{len(samples)} samples, the index lists {block.samples}")
-            return samples
-        except (ValueError, tarfile.TarError) as error:
-            raise PermanentError(f"{name}, block at byte {block.offset}: {error}; make the index again") from None
-
-    numbered = {index.blocks[number]: index.starts[number] for number in blocks}
-    fetched = read_ahead(fetch_block, numbered, threads=2 if index.seekable else 1)
+    fetched = zip(blocks, read_ahead(fetch_block, blocks))
     try:
         for number in order:
             while number not in held:
                 block, data = next(fetched)
-                samples = enumerate(unpack_block(block, data), start=numbered[block])
+                samples = enumerate(unpack(data, index.blocks[block], index), start=index.starts[block])
                 held.update((n, sample) for n, sample in samples if n in due)
             yield held.pop(number)
     finally:
         stop.set()
-        fetched.close()
         if isinstance(source, Command):
             source.close()
 
@@ -809,7 +776,7 @@ IGNORE_INDEX = -1  # label of a row that does not count: padding, or an image th
 
 
 def random_crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom as torchvision.transforms.RandomResizedCrop draws them: 8–100 % of the area, 3:4 to 4:3."""
+    """Left, top, right, bottom as torchvision's RandomResizedCrop draws them: 8–100 % of the area, 3:4 to 4:3."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -839,7 +806,7 @@ def shorten_jpeg(data: bytes, bottom: int) -> bytes:
     at, height_at = 2, 0
     if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-1024:]:
         return data
-    while at + 10 <= len(data) and data[at] == 0xFF != data[at + 1]:  # ITU T.81, B.1: a marker, a length, that many bytes
+    while at + 10 <= len(data) and data[at] == 0xFF != data[at + 1]:  # ITU T.81, B.1: marker, length, content
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in (0xC0, 0xC1):  # the header of a sequential image: precision, height, width, components
             height_at, height, components = at + 5, int.from_bytes(data[at + 5 : at + 7], "big"), data[at + 9]
@@ -862,8 +829,8 @@ def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
 def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[torch.Tensor, int]:
     """One sample as (uint8 [size, size, 3], label). TrainError names the shard and the key of what cannot be decoded.
 
-    Another augmentation goes here: draw its parameters from `rng`, a function of (seed, epoch, key), so that an image gets
-    the same ones whoever decodes it, also after a resume. Another data set needs another label, or other members.
+    Another augmentation goes here. Draw its parameters from `rng`, a function of (seed, epoch, key): then an image gets
+    the same ones whoever decodes it, also after a resume. For another data set change how image and label are read.
     """
     size = config.size
     try:
@@ -893,7 +860,7 @@ def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[to
             pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
         return pixels, label
     except Exception as error:  # Pillow raises many kinds on bad bytes
-        problem = one_line(str(error)) or type(error).__name__
+        problem = reason(error)
         raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {problem}") from None
 
 
@@ -915,16 +882,15 @@ class Collate:
     A batch always has B rows. Rows that are missing, or could not be decoded, have the label −1 and the pixels of the
     first good row, because batch normalisation sees them. TrainError if there is no good row.
 
-    In a loader process the images lie in one of four buffers that it shares with the main process and uses in turn: fresh
-    memory for each batch would cost as much as resizing its images. The DataLoader lets a process make two batches
-    ahead, so the last two that were handed out stay valid.
+    In a loader process the images lie in one of four buffers that it shares with the main process and uses in turn:
+    fresh memory would cost as much time as resizing. The DataLoader lets a process make two batches ahead, so the last
+    two that were handed out stay valid.
     """
 
     def __init__(self, batch: int, size: int) -> None:
-        self.batch = batch
-        bytes_needed = batch * size * size * 3  # for the largest crops
-        count = 4 if get_worker_info() else 0
-        self.buffers = itertools.cycle([torch.empty(bytes_needed, dtype=torch.uint8).share_memory_() for _ in range(count)])
+        self.batch, count = batch, 4 if get_worker_info() else 0
+        buffers = [torch.empty(batch * size * size * 3, dtype=torch.uint8).share_memory_() for _ in range(count)]
+        self.buffers = itertools.cycle(buffers)  # of the size of the largest crops
 
     def __call__(self, samples: list[tuple[torch.Tensor | None, int | str]]) -> list:
         errors = [error for image, error in samples if image is None]
@@ -947,7 +913,7 @@ def pad(batches: Iterable[list], count: int, batch: int, size: int) -> Iterator[
 
 
 class EpochDataset(IterableDataset):
-    """One rank's batches, from a place within an epoch to the end of the last epoch. Each loader process makes its share."""
+    """One rank's batches, from within an epoch to the end of the last epoch. Each loader process makes its share."""
 
     def __init__(self, config: LoaderConfig, epoch: int, history: list[Division], disk_full: Event) -> None:
         self.config, self.epoch, self.history, self.disk_full = config, epoch, history, disk_full
@@ -970,8 +936,8 @@ class EpochDataset(IterableDataset):
     def __iter__(self) -> Iterator[list | TrainError]:
         config, info, history = self.config, get_worker_info(), self.history
         collate = Collate(config.batch, config.size)
-        # The DataLoader takes batches from its processes in turn and does not start over with an epoch. turn: batches of
-        # the epoch, modulo workers, that were made when process 0 has its turn.
+        # The DataLoader takes batches from its processes in turn and does not start over with an epoch: batch `turn` of
+        # the epoch, modulo workers, comes from process 0.
         turn = history[-1].done
         for epoch in range(self.epoch, max(config.epochs, self.epoch + 1)):
             worker = ((info.id if info else 0) + turn) % max(1, config.workers)
@@ -985,8 +951,8 @@ class EpochDataset(IterableDataset):
 
 
 # ---------------------------------------------------------------- batches, epoch after epoch
-# Training's loader processes live for the whole run and go on into the next epoch while validation runs. Validation's are
-# started for each validation and end with it.
+# Training's loader processes live for the whole run and go on into the next epoch while validation runs. Validation's
+# are started for each validation and end with it.
 
 # Not Python's default: under forkserver (Python 3.14) a SIGTERM to the process group kills the loader processes.
 START_METHOD = "fork" if sys.platform == "linux" else None
@@ -1008,9 +974,8 @@ class Loader:
 
     The memory of images is used again: a batch and the one before stay valid, clone what is to be kept longer.
 
-    It keeps its own epoch and place in it, because Lightning calls iter() before it knows the epoch, and more than once:
-    nothing happens before a batch is asked for. Lightning puts state_dict() into each checkpoint, and only rank 0's is
-    kept, so nothing in it differs between ranks.
+    It keeps its own epoch and place, because Lightning calls iter() before it knows the epoch, and more than once:
+    nothing happens before a batch is asked for. A checkpoint has rank 0's state_dict(), which is every rank's.
     """
 
     def __init__(self, config: LoaderConfig, lightning_epoch: Callable[[], int] | None = None) -> None:
@@ -1076,10 +1041,11 @@ class Loader:
                 raise batch
             *batch, errors = batch
             for error in errors:
-                print(f"imagenet_train.py: not used: {error}", file=sys.stderr, flush=True)
+                warn(f"not used: {error}")
             self.bad += len(errors)
             if self.bad > config.max_bad:
-                raise TrainError(f"{self.bad} undecodable images in an epoch, --max-bad={config.max_bad}; last: {errors[-1]}")
+                limit = f"--max-bad={config.max_bad}"
+                raise TrainError(f"{self.bad} undecodable images in an epoch, {limit}; last: {errors[-1]}")
             self.advance()
             left -= 1
             if not left and not config.training:
@@ -1087,7 +1053,7 @@ class Loader:
             yield batch
 
     def order_digest(self, history: Sequence[Division]) -> str:
-        """Of the order in which the first reader uses samples: it changes if a library or this script computes another."""
+        """Of the first reader's order: it changes if a library or this script computes another one."""
         c = self.config
         if not history or not history[-1].done:
             return ""
@@ -1105,11 +1071,11 @@ class Loader:
         self.epoch, self.last_steps = state["epoch"], state["steps"]
         history = [Division(*values) for values in state["history"]]
         ours = {"index": self.config.index.digest, "seed": self.config.seed, "order": self.order_digest(history)}
-        mismatches = [f"{name} {state[name]} there, {value} here" for name, value in ours.items() if state[name] != value]
+        mismatches = [f"{key} {state[key]} there, {value} here" for key, value in ours.items() if state[key] != value]
         if history and mismatches:
             raise TrainError(
-                f"--resume: the checkpoint is within an epoch, of other data or another order ({'; '.join(mismatches)}); "
-                "resume from one at an epoch's end, such as best.ckpt"
+                "--resume: the checkpoint is within an epoch of other data or another order ("
+                f"{'; '.join(mismatches)}); resume from one at an epoch's end, such as best.ckpt"
             )
         if not history or history[-1]._replace(done=0) != self.config.division:
             history.append(self.config.division)

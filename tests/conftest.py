@@ -22,7 +22,8 @@ import imagenet_shards  # noqa: E402
 TRAIN_IMAGES = VAL_IMAGES = 47
 
 
-TOOLS = {"nginx": "nginx-light", "envsubst": "gettext-base"}  # that a machine may lack, and their Debian packages
+# What a machine may lack, and the Debian package that has it.
+TOOLS = {"nginx": "nginx-light", "envsubst": "gettext-base", "ip": "iproute2", "pgrep": "procps"}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@
 """
 
 import errno
+import functools
 import itertools
 import os
 import random
@@ -21,6 +22,8 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 # gsutil and aws are those that pip installed beside this python.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -190,13 +193,11 @@ count = itertools.count()
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two network namespaces joined by a cable; where those may not be made, both are this machine's loopback."""
+    """Two network namespaces joined by a cable; where those may not be made, skip the test, but in CI fail."""
     names = [f"imagenet-{os.getpid()}-{next(count)}" for _ in range(2)]
     hosts = [Host(["ip", "netns", "exec", name], f"10.77.0.{n}", "eth0") for n, name in enumerate(names, 1)]
 
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
+    ip = functools.partial(call, {}, "ip")
     with ExitStack() as undo:
         try:
             for name in names:
@@ -208,6 +209,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
                 for interface in ("lo", host.interface):
                     ip("-n", name, "link", "set", interface, "up")
             call({}, *hosts[0].command, "true")
-        except (OSError, subprocess.CalledProcessError, RuntimeError):
-            hosts = [Host([], "127.0.0.1", "lo")] * 2
+        except RuntimeError as error:
+            if "CI" in os.environ:
+                raise
+            pytest.skip(f"network namespaces cannot be made here: {error}")
         yield tuple(hosts)

@@ -5,24 +5,27 @@ import filecmp
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import faults
+import places
 import pytest
-from places import free_port
 from test_files import SETTINGS
 from test_train import SMALL
 
 TOP = Path(__file__).parent.parent
 ENGINE = os.environ.get("engine", "docker")
 IMAGE = "imagenet-webdataset-test"  # stays when the tests end: its layers are the cache that spares the next build
-CONTEXT = ["Dockerfile", ".dockerignore", "requirements.txt", "imagenet_shards.py", "imagenet_train.py"]
+CONTEXT = ["Dockerfile", ".dockerignore", "requirements.txt", "tests/constraints.txt", "imagenet_shards.py"]
+CONTEXT += ["imagenet_train.py"]
 QUICK = [*SMALL, "--workers=1"]
 
 answers = shutil.which(ENGINE) and subprocess.run([ENGINE, "info"], capture_output=True).returncode == 0
@@ -49,9 +52,9 @@ class Desk:
 
     def __init__(self, folder: Path, tree: Path) -> None:
         self.folder, self.who = folder, somebody()
-        (folder / "checkout").mkdir()
+        (folder / "checkout" / "tests").mkdir(parents=True)
         for name in [*CONTEXT, "run", "config.sh"]:
-            shutil.copy(TOP / name, folder / "checkout")
+            shutil.copy(TOP / name, folder / "checkout" / name)
         shutil.copytree(tree, folder / "tree")
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, self.who["user"], self.who["group"])
@@ -114,6 +117,14 @@ def test_a_build_after_a_change_of_a_script_takes_all_before_the_scripts_from_th
         engine("image", "rm", image)
 
 
+def test_image_has_the_versions_that_are_pinned(desk):
+    installed = desk.run("shell", "-c", "pip freeze --all").split()
+    pinned = (TOP / "tests" / "constraints.txt").read_text()
+    for name in ("torch", "torchvision", "numpy", "pillow", "webdataset", "pytorch-lightning", "torchmetrics", "tqdm"):
+        version = next(line.split("==")[1] for line in installed if line.lower().startswith(f"{name}=="))
+        assert re.search(f"^{name}=={re.escape(version.split('+')[0])}( ;|$)", pinned, re.MULTILINE), (name, version)
+
+
 def test_shards_made_in_the_container_are_those_made_outside_and_belong_to_the_caller(converted, desk, shards):
     names = sorted(path.name for path in shards.iterdir())
     assert sorted(path.name for path in converted.iterdir()) == names
@@ -131,7 +142,7 @@ def test_verify_needs_no_imagenet(converted, desk):
 def test_training(converted, desk):
     out = desk.run("imagenet_train.py", *QUICK, "--max-epochs=1")
     assert "validated 30/30 images" in out
-    assert (desk.folder / "out" / "version_0" / "last.ckpt").stat().st_uid == desk.who["user"]
+    assert {path.stat().st_uid for path in (desk.folder / "out").rglob("last.ckpt")} == {desk.who["user"]}
 
 
 def test_training_from_a_web_server_on_this_machine_by_curl_with_nothing_but_tmp_to_write_to(converted, desk):
@@ -142,7 +153,39 @@ def test_training_from_a_web_server_on_this_machine_by_curl_with_nothing_but_tmp
     with faults.fault_server(converted) as server:
         flags = [f"--shards=pipe:curl -s {server.url}", "--output=/output", *QUICK, "--max-epochs=1"]
         assert "validated 30/30 images" in engine("run", "--rm", *locked, *mount, IMAGE, "imagenet_train.py", *flags)
-    assert (desk.folder / "locked" / "version_0" / "last.ckpt").exists()
+    assert list((desk.folder / "locked").rglob("last.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def tools(desk) -> Iterator[str]:
+    """The image with the commands of two buckets."""
+    image = f"{IMAGE}-tools"
+    desk.run("build", "--build-arg", "tools=gsutil awscli", env={"image": image})
+    yield image
+    engine("image", "rm", image)
+
+
+@pytest.mark.parametrize("tool", ["gsutil", "aws"])
+def test_a_bucket_and_back_with_credentials_in_a_file_or_variables(tool, tools, desk, tree, tmp_path):
+    write, read = {
+        "gsutil": ("pipe:gsutil -q cp - gs://bucket/%s", "pipe:gsutil cat gs://bucket/%s"),
+        "aws": ("pipe:aws s3 cp - s3://bucket/%s", "pipe:aws s3 cp s3://bucket/%s -"),
+    }[tool]
+    (tmp_path / "bucket").mkdir()
+    with places.gcs(tmp_path) if tool == "gsutil" else places.s3("bucket") as env:
+        env = {"image": tools, "shards": f"record of {tool}", "output": f"out of {tool}"} | env
+        if tool == "gsutil":
+            boto = Path(env.pop("BOTO_CONFIG")).read_text()
+            (desk.folder / ".boto").write_text(re.sub("state_dir.*", "", boto))
+            os.chown(desk.folder / ".boto", desk.who["user"], desk.who["group"])
+            (desk.folder / ".boto").chmod(0o600)
+            env["credentials"] = f"{desk.folder}/.boto"
+        else:
+            env["credentials"] = "AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_DEFAULT_REGION"
+        desk.run("imagenet_shards.py", f"--shards={write}", "--workers=2", env=env)
+        assert {path.stat().st_uid for path in (desk.folder / f"record of {tool}").rglob("*")} == {desk.who["user"]}
+        out = desk.run("imagenet_train.py", f"--shards={read}", *QUICK, "--max-epochs=1", env=env)
+    assert "validated 30/30 images" in out
 
 
 def test_statuses_pass_through(desk):
@@ -168,14 +211,14 @@ def test_a_signal_ends_training(number, status, converted, desk):
     output = f"out-{status}"
     process = desk.start("imagenet_train.py", *QUICK, env={"output": output})
     seen = ""
-    while "images/s" not in seen and (more := process.stdout.read(1)):
+    while "img/s" not in seen and (more := process.stdout.read(1)):
         seen += more
     process.send_signal(number)
     out, _ = process.communicate()
     assert process.returncode == status, (seen + out)[-2000:]
     assert "Traceback" not in out
     if number == signal.SIGTERM:
-        assert (desk.folder / output / "version_0" / "last.ckpt").exists()
+        assert list((desk.folder / output).rglob("last.ckpt"))
 
 
 def test_interrupt_key_of_a_terminal(desk):
@@ -199,7 +242,7 @@ def test_serve(converted, desk):
     if subprocess.run([ENGINE, "image", "inspect", web], capture_output=True).returncode:
         if subprocess.run([ENGINE, "pull", web], capture_output=True).returncode:
             pytest.skip(f"{web}: no such image, and no registry to pull it from")
-    port, served = free_port(), b""
+    port, served = places.free_port(), b""
     process = desk.start("serve", env={"port": f"127.0.0.1:{port}", "nginx": web})
     while not served and process.poll() is None:
         try:

@@ -216,7 +216,7 @@ def test_within_an_epoch_another_index_seed_or_order_is_refused(unique, shards, 
     for _ in zip(range(3), loader):
         pass
     state = loader.state_dict()
-    with pytest.raises(TrainError, match="other data or another order .*index .* there"):
+    with pytest.raises(TrainError, match="within an epoch of other data or another order .*index .* there"):
         Loader(train_config(shards)).load_state_dict(state)
     with pytest.raises(TrainError, match="seed 0 there, 1 here"):
         Loader(train_config(unique, seed=1)).load_state_dict(state)

@@ -146,7 +146,7 @@ def test_no_index(tmp_path, server, tree):
         read_index("pipe:no-such-command ", "train")
     with pytest.raises(TrainError, match="found nothing"):
         read_index("pipe:true ", "train")
-    with pytest.raises(TrainError, match="more than 64 MiB"):
+    with pytest.raises(TrainError, match="expected an index, found 67108864 bytes"):
         read_index("pipe:cat /dev/zero; true ", "train")
 
 

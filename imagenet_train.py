@@ -1041,7 +1041,7 @@ class Loader:
                 raise batch
             *batch, errors = batch
             for error in errors:
-                warn(f"not used: {error}")
+                tqdm.write(f"imagenet_train.py: not used: {error}", file=sys.stderr)  # above a progress bar
             self.bad += len(errors)
             if self.bad > config.max_bad:
                 limit = f"--max-bad={config.max_bad}"
@@ -1758,7 +1758,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="machines; torchrun sets it")
     add("--precision", default=None, help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
     add("--max-epochs", metavar="N", type=count, help="epochs to train")
-    add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after as many steps; -1: no limit")
+    add("--max-steps", metavar="N", type=number(int, -1), default=-1,
+        help="stop after N steps; -1: no limit. The learning rate follows --max-epochs")
     add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
 
     add = parser.add_argument_group("output").add_argument
@@ -2070,10 +2071,14 @@ def main(argv: list[str] | None = None) -> int:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     except (RuntimeError, MemoryError) as error:
         cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+        if cpu or isinstance(error, torch.OutOfMemoryError):
+            memory = "this machine" if cpu else "the device"
+            message = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one"
+        elif isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
+            message = "another rank ended; its message says why"
+        else:
             raise
-        memory = "this machine" if cpu else "the device"
-        message, status = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one", 1
+        status = 1
     except SIGTERMException:
         message, status = f"SIGTERM: {where_to_resume(args.output)}", 128 + signal.SIGTERM
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first

@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -256,19 +257,27 @@ def test_the_bar_in_a_terminal(unique, tmp_path, columns):
     assert not any("|" in line for line in lines)
 
 
-def test_an_error_in_a_terminal_stands_on_a_line_of_its_own(unique, tmp_path, monkeypatch):
-    real = script.Loader.__iter__
+def test_messages_in_a_terminal_stand_on_lines_of_their_own(unique, tmp_path, monkeypatch):
+    """An image that is left out, then an error that ends the run."""
+    decode, batches = script.decode, script.Loader.__iter__
 
-    def fail_at_5(self):
-        for n, batch in enumerate(real(self)):
-            if n == 5:
+    def decode_one_less(sample: dict, config: script.LoaderConfig, epoch: int) -> tuple[torch.Tensor, int]:
+        if sample["cls"] == b"7" and config.training:
+            raise script.TrainError("image: damaged")
+        return decode(sample, config, epoch)
+
+    def fail_in_epoch_2(self) -> Iterator[list[torch.Tensor]]:
+        for batch in batches(self):
+            if self.config.training and self.epoch == 1 and self.done == 3:
                 raise script.TrainError("shard: broken")
             yield batch
 
-    monkeypatch.setattr(script.Loader, "__iter__", fail_at_5)
-    drawn = in_terminal(80, f"--shards={unique}", f"--output={tmp_path}", "--max-epochs=1", "--log-every=2")
+    monkeypatch.setattr(script, "decode", decode_one_less)
+    monkeypatch.setattr(script.Loader, "__iter__", fail_in_epoch_2)
+    drawn = in_terminal(80, f"--shards={unique}", f"--output={tmp_path}", "--max-epochs=2", "--log-every=2")
     lines = [line.rpartition("\r")[2] for line in drawn.rstrip("\n").split("\n")]
-    assert lines[-1] == "imagenet_train.py: shard: broken" and "Epoch 1/1" in drawn
+    assert lines[-1] == "imagenet_train.py: shard: broken" and "Epoch 2/2" in drawn
+    assert "imagenet_train.py: not used: image: damaged" in lines
     assert not any("|" in line for line in lines)
 
 

@@ -150,3 +150,12 @@ def test_when_rank_0_fails_the_ranks_that_it_started_end(unique, tmp_path):
     assert process.wait(100) == 1
     assert "exit status 7" in (tmp_path / "log").read_text()
     assert_all_ended(process.pid)
+
+
+def test_when_a_rank_fails_the_others_say_so_in_one_line(unique, tmp_path):
+    command = """pipe:case %s:$RANK in *train*.tar:1) exit 7;; esac; cat {}/%s"""
+    flags = [f"--shards={command.format(unique)}", "--retries=0", "--max-epochs=1"]
+    run(tmp_path, *flags, ranks=2, expect=1)
+    assert "exit status 7" in log(tmp_path, 1)
+    assert log(tmp_path, 0).endswith("imagenet_train.py: another rank ended; its message says why\n")
+    assert "Traceback" not in log(tmp_path)

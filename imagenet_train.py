@@ -1339,7 +1339,8 @@ class Classifier(pl.LightningModule):
         result = {"val_loss": self.loss.compute(), **self.accuracy.compute()}
         self.log_dict(result | {"epoch": self.current_epoch + 1.0}, sync_dist=True)  # equal on all ranks already
         top1, top5 = (100 * float(result[f"val_top{k}"]) for k in (1, 5))
-        position = f" (epoch {self.current_epoch + 1}, step {self.global_step})" if self.trainer.state.fn == "fit" else ""
+        training = self.trainer.state.fn == "fit"
+        position = f" (epoch {self.current_epoch + 1}, step {self.global_step})" if training else ""
         self.print(
             f"validated {seen}/{wanted} images: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
             f"loss {float(result['val_loss']):.4f}{position}"
@@ -1450,9 +1451,9 @@ class SigtermHandler(pl.Callback):
             step = self.steps
             if self.ended.wait(SIGTERM_TIMEOUT):
                 return
-        resume = f"--resume continues from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        error = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}"
-        print(f"imagenet_train.py: {error}", file=sys.stderr, flush=True)
+        exists = self.checkpoint.exists()
+        resume = f"--resume continues from {self.checkpoint}" if exists else "there is no checkpoint yet"
+        warn(f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}")
         self.on_exception(trainer, None, TimeoutError())
         os._exit(128 + signal.SIGTERM)
 
@@ -1469,7 +1470,7 @@ class SigtermHandler(pl.Callback):
             requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
         # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
         if requested and (trainer.validating or trainer.datamodule.loader.done):
-            trainer.strategy.barrier()  # the store may be in rank 0's process, which must not end before the others read
+            trainer.strategy.barrier()  # the store may be in rank 0's process, which must not end before all have read
             raise SIGTERMException
 
     on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync

@@ -4,9 +4,10 @@
 
 DIR/rank-R.jsonl gets a line [epoch, step, "train" or "val", labels] a batch. With a tree of one image a class a label
 names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step. TERM_AT, TERM_RANK: that
-rank gets a real SIGTERM at that step, or in validation if TERM_AT is "val". LINGER: seconds that rank 0 takes to end after an exception. WORKERS: the number of
-loader processes; of several, a run each, one after the other, with the diary in DIR/workers-N. READS=1:
-DIR/reads-R.txt gets a line a training step, the number of times that anything was read off the device before it.
+rank gets a real SIGTERM at that step, or in validation if TERM_AT is "val". LINGER: seconds that rank 0 takes to end
+after an exception. WORKERS: the number of loader processes; of several, a run each, one after the other, with the diary
+in DIR/workers-N. READS=1: DIR/reads-R.txt gets a line a training step, the number of times that anything was read off
+the device before it.
 """
 
 import json

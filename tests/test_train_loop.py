@@ -76,8 +76,8 @@ def rates(monkeypatch):
 
 def test_the_optimiser_gets_the_recipe(unique, tmp_path, rates):
     """Peak × global batch / 256; no weight decay on norms and biases."""
-    flags = [f"--shards={unique}", "--max-epochs=1", "--lr=0.512", "--warmup-epochs=0", "--weight-decay=0.01", "--momentum=0.5"]
-    used = rates(tmp_path, *flags)
+    recipe = ["--lr=0.512", "--warmup-epochs=0", "--weight-decay=0.01", "--momentum=0.5"]
+    used = rates(tmp_path, f"--shards={unique}", "--max-epochs=1", *recipe)
     assert list(used) == [(BATCH * (step + 1), step) for step in range(11)]
     for (images, _), (decay, no_decay) in used.items():
         rate = 0.512 * BATCH / 256 * (1 + math.cos(math.pi * (images - BATCH) / TRAIN_IMAGES)) / 2

@@ -109,7 +109,8 @@ def start_plainly(folder: Path, *flags: str, **env: str) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     with open(folder / "log", "w") as output:
         return subprocess.Popen(
-            [sys.executable, HERE / "record.py", *SMALL, f"--output={folder}/out", "--devices=2", "--max-epochs=1", *flags],
+            [sys.executable, HERE / "record.py", *SMALL, f"--output={folder}/out", "--devices=2", "--max-epochs=1",
+             *flags],
             env=os.environ | {"RECORD": str(folder), "WORKERS": "1"} | env,
             stdout=output, stderr=output, start_new_session=True,
         )

@@ -1,24 +1,26 @@
-"""ImageNet tree → WebDataset shards: 1,281,167 files become 147 tar files, byte for byte, and an index that says so.
+"""Packs ImageNet's image files, unmodified, into 147 tar shards plus a JSON index that WebDataset can train from.
 
     python imagenet_shards.py --imagenet=/data/imagenet --shards=./data
     python imagenet_shards.py --imagenet=/data/imagenet --shards='pipe:gsutil cp - gs://bucket/%s'
 
-In:  DIR/{train,val}/<wnid>/*.JPEG, the tree of torchvision.datasets.ImageNet (its devkit is not needed).
-Out: imagenet-train-000000.tar …, imagenet-val-000000.tar …   per image two members: KEY.cls, KEY.jpg
-     imagenet-train.json, imagenet-val.json                   the index (wids v1): counts, sizes, SHA-256, classes
-     _info.json                                               the same counts for timm's reader
+In:  DIR/{train,val}/CLASS/*.JPEG: any tree that torchvision.datasets.ImageFolder reads, or Kaggle's with a flat val/
+Out: imagenet-train-000000.tar …, imagenet-val-000000.tar …   two members per image: KEY.cls, KEY.jpg
+     imagenet-train.json, imagenet-val.json                   the index (wids v1): shards, blocks, checksums, classes
+     _info.json                                               the number of samples per shard, for timm's reader
 
-KEY is the file's stem, KEY.cls its class number in ASCII (the rank of its wnid), KEY.jpg the file's own bytes.
-The images are shuffled once, over the whole split, so that a shard is a fair sample of it.
+KEY is the file's stem, KEY.cls the class number in ASCII (the rank of the class folder), KEY.jpg the file's bytes.
+The images of a split are shuffled once. A block is a run of 64 samples; the index has its offset, length and CRC-32.
 
-Guarantee: an index that exists means that all its shards are whole. The same tree, seed and limits give the
-same bytes, whatever the number of workers and however often the run was killed and started again.
+Guarantee: if the index exists, every shard that it lists is complete. Rerun the same command to resume; finished
+shards are kept. The bytes do not depend on the number of workers, on interruptions, or on --part.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import difflib
 import hashlib
 import io
 import itertools
@@ -27,6 +29,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,113 +37,202 @@ import tarfile
 import tempfile
 import threading
 import time
+import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import PIL.features
 import webdataset as wds
 from PIL import Image as PillowImage
 from tqdm import tqdm
 
+SHARD_NAME, INDEX_NAME = "imagenet-{}-{:06d}.tar", "imagenet-{}.json"
+
 
 class ShardError(Exception):
-    """What the user can mend, in one line: what was named, what is there, what to do."""
+    """A user-fixable error, in one line: the input, the problem, the remedy."""
 
 
-def human(size: float) -> str:
-    """Bytes for people, in powers of ten."""
+def format_bytes(size: float) -> str:
+    """A size in powers of ten."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-# ---------------------------------------------------------------- tree → images
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
-# What torchvision.datasets.ImageFolder takes for an image, so that we never leave out what it would have seen.
+
+def summarize(entries: list[dict[str, Any]]) -> str:
+    samples, size = (sum(entry[field] for entry in entries) for field in ("nsamples", "filesize"))
+    return f"{count(len(entries), 'shard')}, {count(samples, 'image')}, {format_bytes(size)}"
+
+
+def report(line: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()  # into a log file too
+
+
+# ---------------------------------------------------------------- tree → classes and images
+
+# What torchvision.datasets.ImageFolder takes for an image, so that nothing is left out that it would read.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# WebDataset splits a member's name at its first dot; plain ustar has room for 100 bytes.
+# WebDataset splits a member's name at its first dot; ustar has room for 100 bytes, ".jpg" included.
 KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+# SHA-256 of ImageNet's 1,000 sorted wnids, joined by newlines; and its number of images.
+IMAGENET_CLASSES = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 
 
 class Image(NamedTuple):
     """A file in the tree."""
 
-    path: str  # below the tree's root: train/n01440764/n01440764_10026.JPEG
-    label: int  # rank of its class folder in sorted order, as torchvision numbers it
+    path: str  # relative to the tree's root: train/n01440764/n01440764_10026.JPEG
+    label: int  # class number, as torchvision assigns it
     size: int  # bytes
-
-    @property
-    def key(self) -> str:
-        """The sample's name in its shard: the file's stem."""
-        return os.path.splitext(os.path.basename(self.path))[0]
-
-    @property
-    def payload(self) -> int:
-        """Bytes of the sample's two members, as ShardWriter counts them for its maxsize."""
-        return self.size + len(str(self.label))
+    key: str  # the sample's name in its shard
 
 
 def find_classes(root: Path, split: str) -> list[str]:
-    """The sorted wnids of a split's class folders; ShardError if the tree is not one that we understand."""
+    """The sorted names of a split's class folders; none for a flat val/ of images."""
     folder = root / split
     if not folder.is_dir():
+        advice = "--imagenet must name the folder that holds train/ and val/"
         if (root / ARCHIVES[split]).exists():
-            raise ShardError(
-                f"{folder}: not there, but {ARCHIVES[split]} is; unpack it with "
-                f"torchvision.datasets.ImageNet({str(root)!r}, {split!r}) and start again"
-            )
-        raise ShardError(
-            f"{folder}: no such folder; --imagenet must name the folder that holds train/ and val/ of class folders"
-        )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise ShardError(
-            f"{folder}: no class folders in it; its images must lie in one folder a class, {folder}/n01440764/*.JPEG"
-        )
+            advice = f"unpack {ARCHIVES[split]} with torchvision.datasets.ImageNet({str(root)!r}, {split!r})"
+        raise ShardError(f"{folder}: no such folder; {advice}")
+    names = sorted(os.listdir(folder))
+    if archives := [name for name in names if re.fullmatch(r"n\d{8}\.tar", name)]:
+        found = f"{count(len(archives), 'class archive')} (first {archives[0]})"
+        raise ShardError(f"{folder}: {found} among the class folders; unpack each into its folder and remove it")
+    classes = [name for name in names if (folder / name).is_dir()]
+    if strange := [name for name in classes if not name.isprintable()]:  # for example not UTF-8
+        raise ShardError(f"{folder}: class folder {strange[0]!a} has an unprintable name; rename it")
+    if not classes and not (split == "val" and any(name.lower().endswith(EXTENSIONS) for name in names)):
+        raise ShardError(f"{folder}: no class folders; expected one folder per class, {folder}/n01440764/*.JPEG")
     return classes
 
 
-def list_images(root: Path, split: str, classes: list[str]) -> list[Image]:
-    """All images of a split in sorted order; ShardError for an empty class or a name that a shard can't carry."""
-    images: list[Image] = []
-    real_root = root.resolve()
-    owner: dict[str, str] = {}  # key → path: two equal keys would melt into one sample when read
-    for label, wnid in enumerate(classes):
-        before = len(images)
-        for folder, _, names in sorted(os.walk(root / split / wnid, followlinks=True)):
-            for name in sorted(names):
-                if not name.lower().endswith(EXTENSIONS):
-                    continue
-                path = os.path.join(folder, name)
-                if os.path.islink(path) and not Path(path).resolve().is_relative_to(real_root):
-                    raise ShardError(f"{path}: a link out of the tree, to {os.path.realpath(path)}; copy the image in")
-                try:
-                    image = Image(os.path.relpath(path, root), label, os.path.getsize(path))
-                except OSError as error:
-                    raise ShardError(f"{path}: {error.strerror}; mend or remove it") from None
-                if not KEY.fullmatch(image.key):
-                    raise ShardError(f"{path}: a key may hold only A-Z a-z 0-9 _ - and 95 of them; rename the file")
-                if image.key in owner:
-                    raise ShardError(f"{path}: same name as {root / owner[image.key]}; keys must differ, rename one")
-                owner[image.key] = image.path
-                images.append(image)
-        if len(images) == before:
-            raise ShardError(f"{root / split / wnid}: no images in this class folder; fill it or remove it")
-    return images
+def find_files(folder: Path) -> list[str]:
+    """The image files below a folder, sorted as torchvision sorts them; OSError if any part of it can't be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    parents = sorted(os.walk(folder, onerror=fail, followlinks=True))
+    files = [os.path.join(parent, name) for parent, _, names in parents for name in sorted(names)]
+    return [file for file in files if file.lower().endswith(EXTENSIONS)]
+
+
+def find_beside(root: Path, name: str) -> Path | None:
+    """A file in the tree's root or up to three levels above it, as Kaggle has it (the root is ILSVRC/Data/CLS-LOC)."""
+    return next((path / name for path in [root, *root.absolute().parents[:3]] if (path / name).is_file()), None)
+
+
+def load_meta(path: Path) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """torchvision's meta.bin: the names of each wnid, and the wnids of the validation images in file order."""
+    import torch  # takes seconds, and few trees need it
+
+    try:
+        names, wnids = torch.load(path, weights_only=True)
+        return dict(names), list(wnids)
+    except Exception as error:  # torch raises many kinds
+        raise ShardError(f"{path}: not torchvision's meta.bin ({type(error).__name__}); remove it") from None
+
+
+def read_val_labels(root: Path, path: Path | None, files: list[str]) -> list[str]:
+    """The wnid of each file of a flat val/, from LOC_val_solution.csv or meta.bin: `path`, or found beside the tree."""
+    path = path or find_beside(root, "LOC_val_solution.csv") or find_beside(root, "meta.bin")
+    if not path:
+        raise ShardError(
+            f"{root / 'val'}: {count(len(files), 'image')} but no class folders; name Kaggle's LOC_val_solution.csv or "
+            "torchvision's meta.bin with --val-labels, move the images into class folders, or use --splits=train"
+        )
+    try:
+        if path.suffix == ".bin":
+            return [wnid for _, wnid in zip(files, load_meta(path)[1], strict=True)]
+        with open(path, newline="", encoding="utf-8") as table:  # ILSVRC2012_val_00048981,n03995372 85 1 499 272 …
+            wnids = {row[0]: row[1].split()[0] for row in csv.reader(table)}
+        return [wnids[Path(file).stem] for file in files]
+    except (ValueError, LookupError) as error:
+        raise ShardError(f"{path}: not a label for each image of {root / 'val'} ({error}); check both") from None
+
+
+def make_keys(classes: list[str], files: list[tuple[str, int]]) -> list[str]:
+    """A key per (path, label): the stems if valid and unique, otherwise CLASS-STEM, made valid and unique."""
+    stems = [os.path.splitext(os.path.basename(path))[0] for path, _ in files]
+    if len(set(stems)) == len(stems) and all(map(KEY.fullmatch, stems)):
+        return stems
+    keys: dict[str, None] = {}
+    for stem, (path, label) in zip(stems, files):
+        key = re.sub("[^A-Za-z0-9_-]", "_", f"{classes[label]}-{stem}")
+        if key in keys or len(key) > 95:
+            key = f"{key[:80]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:14]}"
+        keys[key] = None
+    return list(keys)
+
+
+def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[str], list[Image]]:
+    """The classes and images of a split, sorted. ShardError or OSError for a tree that can't be read completely."""
+    classes = find_classes(root, split)
+    train = find_classes(root, "train") if split == "val" and (root / "train").is_dir() else classes
+    if classes:
+        files = [(file, label) for label, name in enumerate(classes) for file in find_files(root / split / name)]
+        if empty := sorted(set(range(len(classes))) - {label for _, label in files}):
+            raise ShardError(f"{root / split / classes[empty[0]]}: no images in this class folder; remove it")
+    else:
+        names = find_files(root / split)
+        wnids = read_val_labels(root, val_labels, names)
+        classes = train if set(wnids) <= set(train) else sorted(set(wnids))
+        files = [(name, classes.index(wnid)) for name, wnid in zip(names, wnids)]
+    if train and train != classes:  # a class that only one split has would shift the numbers of those after it
+        differing = sorted(set(train) ^ set(classes))
+        found = f"{count(len(differing), 'class')} ({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''})"
+        raise ShardError(f"{root}: train/ and val/ differ in {found}, so class numbers would; give both the same")
+    start = len(os.path.join(root / split, ""))
+    keys = make_keys(classes, [(file[start:], label) for file, label in files])
+    return classes, [
+        Image(f"{split}/{file[start:]}", label, os.path.getsize(file), key)
+        for (file, label), key in zip(files, keys, strict=True)
+    ]
+
+
+def is_imagenet(classes: list[str]) -> bool:
+    return hashlib.sha256("\n".join(classes).encode()).hexdigest() == IMAGENET_CLASSES
+
+
+def find_class_names(root: Path | None, classes: list[str]) -> list[str] | None:
+    """Human-readable names in label order, for example "tench, Tinca tinca"; None if they are not known."""
+    names: dict[str, str] = {}
+    if root and (mapping := find_beside(root, "LOC_synset_mapping.txt")):
+        lines = mapping.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = {line.partition(" ")[0]: line.partition(" ")[2] for line in lines}
+    elif root and (root / "meta.bin").is_file():
+        names = {wnid: ", ".join(words) for wnid, words in load_meta(root / "meta.bin")[0].items()}
+    if set(classes) <= set(names):
+        return [names[wnid] for wnid in classes]
+    if is_imagenet(classes):
+        from torchvision.models import ResNet50_Weights  # takes seconds
+
+        return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    return None
 
 
 # ---------------------------------------------------------------- images → plan
-# All decisions fall here, from names and sizes alone: what follows may be killed, repeated or spread over machines.
+# Everything is decided here, from names and sizes alone. So any process can write any shard, in any order and any
+# number of times, and always writes the same bytes.
 
 
-def plan_shards(images: list[Image], seed: int, maxsize: float, maxcount: int) -> list[list[Image]]:
-    """The images of every shard, from names and sizes alone: shard k is known before a byte is read.
+def plan_shards(images: list[Image], seed: int, maxsize: int, maxcount: int) -> list[list[Image]]:
+    """Shuffle the images and divide them into shards.
 
-    So any process can write any shard, in any order, again and again, and always makes the same bytes.
     A shard is closed as webdataset.ShardWriter does it: once it holds maxsize bytes or maxcount samples.
     """
     images = images.copy()
@@ -152,149 +244,228 @@ def plan_shards(images: list[Image], seed: int, maxsize: float, maxcount: int) -
             shards.append([])
             size = 0
         shards[-1].append(image)
-        size += image.payload
+        size += image.size + len(str(image.label))
     return shards
 
 
 class Plan(NamedTuple):
-    """One split's conversion."""
+    """The conversion of one split."""
 
     root: Path
     split: str
-    classes: list[str]
     shards: list[list[Image]]
-    recipe: dict[str, Any]  # what decides the bytes; kept in the index, compared on a restart
-
-    def name(self, number: int) -> str:
-        return f"imagenet-{self.split}-{number:06d}.tar"
+    recipe: dict[str, Any]  # what decides the bytes
+    about: dict[str, Any]  # what the index says beside the shards: classes, class_names, recipe
 
 
 def make_plan(
-    root: Path,
-    split: str,
-    seed: int,
-    maxsize: float,
-    maxcount: int,
-    resize: int | None = None,
-    quality: int = 90,
-    blocksize: int = 64,
-) -> Plan:
-    """List one split and plan its shards; reads no image. ShardError as find_classes and list_images.
+    root: Path, split: str, seed: int, maxsize: int, maxcount: int, block_size: int = 64,
+    resize: list[int] | None = None, val_labels: Path | None = None,
+) -> Plan:  # fmt: skip
+    """List one split and plan its shards; reads no image. `resize` is [pixels, quality].
 
     The plan goes by the sizes of the originals, so --resize makes smaller shards of the same samples.
     """
-    classes = find_classes(root, split)
-    for other in ARCHIVES:  # a class that only one split has would number all after it differently
-        if (root / other).is_dir() and (theirs := find_classes(root, other)) != classes:
-            odd = sorted(set(theirs) ^ set(classes))
-            raise ShardError(
-                f"{root}: train/ and val/ differ in {len(odd)} class folders ({', '.join(odd[:3])}"
-                f"{', …' if len(odd) > 3 else ''}), so their class numbers would differ; give both the same ones"
-            )
-    images = list_images(root, split, classes)
-    tree = hashlib.sha256("\n".join(f"{i.path} {i.size}" for i in images).encode())
-    recipe = {
-        "seed": seed,
-        "maxsize": int(maxsize),
-        "maxcount": maxcount,
-        "images": len(images),
-        "tree": tree.hexdigest(),
-        "resize": resize and [resize, quality],
-        "blocksize": blocksize,
-    }
-    return Plan(root, split, classes, plan_shards(images, seed, maxsize, maxcount), recipe)
+    classes, images = list_split(root, split, val_labels)
+    if is_imagenet(classes) and len(images) != IMAGENET_IMAGES[split]:
+        expected = f"ImageNet has {IMAGENET_IMAGES[split]:,}; is the tree complete?"
+        print(f"# warning: {root / split}: {count(len(images), 'image')}, {expected}", file=sys.stderr)
+    tree = hashlib.sha256()
+    for image in images:
+        tree.update(b"%s %d %d\n" % (os.fsencode(image.path), image.label, image.size))
+    if resize:  # encoders differ in bytes
+        libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
+        resize = [*resize, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
+    shards = plan_shards(images, seed, maxsize, maxcount)
+    recipe = {"seed": seed, "maxsize": maxsize, "maxcount": maxcount, "block_size": block_size, "resize": resize}
+    recipe |= {"images": len(images), "shards": len(shards), "tree": tree.hexdigest()}
+    about = {"classes": classes, "class_names": find_class_names(root, classes), "recipe": recipe}
+    return Plan(root, split, shards, recipe, about)
 
 
-# ---------------------------------------------------------------- name → a place to write to
-# A file exists under its name only when it is whole: in a folder by renaming it, in a bucket because its command is
-# killed before it can take a broken stream for the end of the file.
+# ---------------------------------------------------------------- worker processes
+
+stop: Any = None  # in worker processes: shared memory, without a lock that a killed worker could leave locked
+commands: set[int] = set()  # process groups of the commands that run
 
 
-def locate(prefix: str, name: str) -> str:
-    """Where a file lies: in a folder, at a URL, or what pipe:COMMAND reads or writes; %s becomes the name."""
-    if "%s" in prefix:
-        return prefix.replace("%s", name)
-    return prefix + name if prefix.startswith("pipe:") or prefix.endswith("/") else f"{prefix}/{name}"
+def check_stop() -> None:
+    """Raise KeyboardInterrupt in a worker if another one failed or the user pressed ^C."""
+    if stop and stop.value:
+        raise KeyboardInterrupt
 
 
-class Part(NamedTuple):
-    """Which of a split's shards to write: number − 1, then every parts-th; 1/1 is all of them."""
+def kill_commands() -> None:
+    for group in list(commands):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
-    number: int
-    parts: int
+
+def start_worker(shared: Any) -> None:
+    """Initialize a worker process, which leaves ^C to the main process, and ends when that is killed."""
+    global stop
+    stop = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    parent = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        wait_for_any([parent])
+        kill_commands()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
+    """Call function(*jobs[key]) for each key in `workers` processes; yield (key, future) of those that end."""
+    shared, waiting, running = multiprocessing.RawValue("b", 0), deque(jobs), {}
+    # Python's own handler raises KeyboardInterrupt anywhere, and loses it while a process is forked.
+    handler = signal.signal(signal.SIGINT, lambda *_: setattr(shared, "value", 1))
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[shared]) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    key = waiting.popleft()
+                    running[pool.submit(function, *jobs[key])] = key
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                if shared.value:
+                    raise KeyboardInterrupt
+                for future in done:
+                    if isinstance(error := future.exception(), BrokenProcessPool):
+                        raise error
+                    yield running.pop(future), future
+        except BrokenProcessPool:
+            advice = "rerun with fewer --workers; finished shards are kept"
+            raise ShardError(f"a worker process was killed (out of memory?); {advice}") from None
+        finally:
+            shared.value = 1
+            signal.signal(signal.SIGINT, handler)
+
+
+# ---------------------------------------------------------------- URL → bytes, bytes → URL
+# A file gets its name only when it is complete. A command reads from, or writes to, an unnamed file on this machine: it
+# never sees a part of a shard, whichever process is killed, and it can be run again if it fails.
+
+READ_COMMANDS = {"gs": "gsutil -q cat {}", "s3": "aws s3 cp {} -"} | dict.fromkeys(["http", "https"], "curl -sSfL {}")
 
 
 class Target(NamedTuple):
-    """Where shards go."""
+    """Where the files of a data set are, and how hard to try to transfer them."""
 
-    prefix: str  # a folder or pipe:COMMAND
-    record: Path  # folder of the journals and a copy of the index: the prefix itself, if that is a folder
+    prefix: str  # a folder, a URL, or pipe:COMMAND
+    record: Path  # folder of the index and of .finished/, an entry per finished shard; the prefix, if that is a folder
+    retries: int
+    timeout: float  # seconds without progress
 
-    @property
-    def command(self) -> bool:
-        return self.prefix.startswith("pipe:")
+    def locate(self, name: str) -> str:
+        """The path or URL of a file, or pipe:COMMAND; %s in the prefix becomes the name, or it is appended."""
+        if "%s" in self.prefix:
+            return self.prefix.replace("%s", name)
+        return self.prefix + ("" if self.prefix.startswith("pipe:") or self.prefix.endswith("/") else "/") + name
+
+    def record_path(self, name: str) -> Path:
+        return self.record / ".finished" / f"{name}.json"
 
 
-commands: set[int] = set()  # process groups that write for us
+def try_command(command: str, file: BinaryIO, output: bool, timeout: float) -> str:
+    """Run a shell command with a file as its standard input or output; what went wrong, or nothing."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if output:
+        file.truncate()
+    with tempfile.TemporaryFile() as messages:
+        files = {"stdin": subprocess.DEVNULL, "stdout": file} if output else {"stdin": file, "stdout": messages}
+        process = subprocess.Popen(command, shell=True, stderr=messages, start_new_session=True, **files)
+        commands.add(process.pid)
+        try:
+            position, deadline, problem = 0, time.monotonic() + timeout, ""
+            while process.poll() is None and not problem:
+                check_stop()
+                if position != (position := os.lseek(file.fileno(), 0, os.SEEK_CUR)):  # the command moves it
+                    deadline = time.monotonic() + timeout
+                problem = f"no progress for {timeout:g} s" if time.monotonic() > deadline else ""
+                time.sleep(0.02)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+            commands.discard(process.pid)
+        if not problem and status:
+            problem = f"failed with exit status {status}"
+        elif not problem and not output and os.lseek(file.fileno(), 0, os.SEEK_CUR) < size:
+            problem = "exit status 0 before it had read all of its input"
+        messages.seek(0)
+        text = " ".join(messages.read().decode(errors="replace").split())[-300:]
+    return f"{problem}: {text}" if problem and text else problem
 
 
-def end(command: int) -> None:
-    """Kill a command and its children."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(command, signal.SIGKILL)
+def run_command(target: Target, command: str, file: BinaryIO, output: bool) -> None:
+    """try_command(), up to `retries` times again with exponential back-off. ShardError if it fails in the end."""
+    for failures in itertools.count(1):
+        problem = try_command(command, file, output, target.timeout)
+        if not problem:
+            return
+        if failures > target.retries:
+            raise ShardError(f"{command}: {problem}; fix it and rerun")
+        pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
+        retry = f"retry {failures} of {target.retries} in {pause:.1f} s"
+        print(f"# {command}: {problem}; {retry}", file=sys.stderr, flush=True)
+        for _ in range(int(pause * 20)):
+            check_stop()
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def writing(place: str) -> Iterator[BinaryIO]:
-    """A stream to write one file to, which exists, whole, when the block has ended well, and otherwise never.
+def open_reader(target: Target, url: str) -> Iterator[BinaryIO]:
+    """A stream of a file's bytes. ShardError or OSError if they can't be read."""
+    if (scheme := url.split("://")[0]) in READ_COMMANDS:
+        url = "pipe:" + READ_COMMANDS[scheme].format(shlex.quote(url))
+    with tempfile.TemporaryFile() if url.startswith("pipe:") else open(url, "rb") as file:
+        if url.startswith("pipe:"):
+            run_command(target, url.removeprefix("pipe:"), file, output=True)
+            file.seek(0)
+        yield file
 
-    In a folder it has a temporary name till then. A command gets the bytes on its standard input; if they are not to
-    count it is killed before it sees their end, so that gsutil, say, stores nothing. ShardError if a command fails.
-    """
-    if not place.startswith("pipe:"):
-        temporary = Path(f"{place}.tmp-{os.getpid()}")  # no two processes ever share one
-        try:
-            with open(temporary, "wb", buffering=1 << 20) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave a renamed file without its bytes
-            os.replace(temporary, place)
-        except OSError as error:
-            raise ShardError(f"{error.filename or place}: {error.strerror}; mend that and start again") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def open_writer(target: Target, url: str) -> Iterator[BinaryIO]:
+    """A stream to write one file to, which exists, complete, only if the block ends without an exception."""
+    if url.startswith("pipe:"):
+        with tempfile.TemporaryFile(dir=target.record) as file:
+            yield file
+            file.flush()
+            run_command(target, url.removeprefix("pipe:"), file, output=False)
         return
-    command, broken = place.removeprefix("pipe:"), False
-    with tempfile.TemporaryFile() as messages:
-        process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.PIPE, stdout=messages, stderr=messages, start_new_session=True
-        )
-        commands.add(process.pid)
-        try:
-            yield process.stdin
-            process.stdin.close()
-        except BrokenPipeError:
-            broken = True  # it ended before its input, which is wrong even with status 0
-        except BaseException:
-            end(process.pid)
-            raise
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            status = process.wait()
-            commands.discard(process.pid)
-        messages.seek(0)
-        said = " ".join(messages.read().decode(errors="replace").split())[-300:]
-    if status or broken:
-        raise ShardError(f"{command}: took not all, exit status {status}, saying {said!r}; mend that and start again")
+    temporary = f"{url}.tmp-{uuid.uuid4().hex[:12]}"  # no two processes or machines share one
+    try:
+        with open(temporary, "xb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
+        with contextlib.suppress(FileNotFoundError):  # another run has written the same shard and removed this file
+            os.replace(temporary, url)
+        os.stat(url)
+        folder = os.open(os.path.dirname(url) or ".", os.O_RDONLY)
+        os.fsync(folder)  # or it could undo the rename
+        os.close(folder)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- plan → one shard
-# The only part that touches images: their bytes go from file to shard as they are, past a look at both ends.
+def store(target: Target, name: str, text: str) -> None:
+    """Write a small file under the prefix and, if that is a command, a copy into the record."""
+    for url in dict.fromkeys((target.locate(name), str(target.record / name))):
+        with open_writer(target, url) as file:
+            file.write(text.encode())
 
 
-def decoded(data: bytes) -> PillowImage.Image:
-    """The image, decoded; ValueError says why these bytes are none."""
+# ---------------------------------------------------------------- images → one shard
+# The only part that touches images: their bytes are copied unmodified after a look at both ends.
+
+
+def decode_image(data: bytes) -> PillowImage.Image:
+    """The decoded image; ValueError says why it can't be decoded."""
     if not data:
         raise ValueError("empty file")
     try:
@@ -302,32 +473,34 @@ def decoded(data: bytes) -> PillowImage.Image:
         image.load()
     except PillowImage.UnidentifiedImageError:
         raise ValueError("neither JPEG nor PNG") from None
-    except Exception as error:  # Pillow raises many kinds on bad bytes
+    except Exception as error:  # Pillow raises many kinds on invalid bytes
         raise ValueError(str(error)) from None
     return image
 
 
-def check(data: bytes, decode: bool = False) -> None:
-    """ValueError if these bytes are no JPEG or PNG that can be decoded.
+def validate_image(data: bytes, decode: bool = False) -> None:
+    """ValueError if these bytes are not a JPEG or PNG that can be decoded.
 
-    Whole files, nearly all, pass by their first and last bytes; unless `decode`, only a suspect is decoded.
+    Nearly all complete files pass by their first and last bytes; only others are decoded, or all with `decode`.
     """
     jpeg = data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" in data[-1024:]
     png = data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in data[-1024:]
     if decode or not (jpeg or png):
-        decoded(data)
+        decode_image(data)
 
 
-def shrink(data: bytes, pixels: int, quality: int) -> bytes:
-    """A JPEG of the image with a shorter side of `pixels`; the bytes as they are if it has no more than that.
+def resize_image(data: bytes, pixels: int, quality: int) -> bytes:
+    """A JPEG of the image with a shorter side of `pixels`; the bytes unmodified if it has no more than that.
 
     ValueError if they can't be decoded. `quality` is libjpeg's, 1 to 95.
     """
-    image = decoded(data)
+    image = decode_image(data)
     scale = pixels / min(image.size)
     if scale >= 1:
         return data
-    if image.mode not in ("RGB", "L"):  # CMYK, a PNG's palette
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode not in ("RGB", "L"):  # CMYK, a PNG's palette
         image = image.convert("RGB")
     size = round(image.width * scale), round(image.height * scale)
     stream = io.BytesIO()
@@ -336,532 +509,504 @@ def shrink(data: bytes, pixels: int, quality: int) -> bytes:
 
 
 class ShardDigest:
-    """Size, SHA-256 and blocks of a shard whose bytes pass through update(), in order."""
+    """Size, SHA-256 and blocks of a shard, from its bytes in order; writes them to a file if there is one."""
 
-    def __init__(self) -> None:
-        self.size, self.sha256 = 0, hashlib.sha256()
-        self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without a gap, from offset 0 on
-        self._tail = bytearray()  # the bytes that follow the last block
-        self._ends: deque[tuple[int, int]] = deque()
-
-    def end_block(self, end: int, samples: int) -> None:
-        """A block of so many samples ends at this offset, whose bytes may come before or after this call."""
-        self._ends.append((end, samples))
-
-    def update(self, data: bytes) -> None:
-        self.size += len(data)
-        self.sha256.update(data)
-        self._tail += data
-        while self._ends and self._ends[0][0] <= self.size:
-            end, samples = self._ends.popleft()
-            offset = self.size - len(self._tail)
-            with memoryview(self._tail)[: end - offset] as block:
-                self.blocks.append([offset, end - offset, samples, zlib.crc32(block)])
-            del self._tail[: end - offset]
-
-
-class DigestWriter:
-    """A stream to write to that passes everything on, and keeps its digest."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.digest = stream, ShardDigest()
+    def __init__(self, file: BinaryIO | None = None) -> None:
+        self.file, self.size, self.sha256, self.crc32 = file, 0, hashlib.sha256(), 0
+        self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without gaps, from offset 0
+        self.ends: deque[tuple[int, int]] = deque()  # (end, samples) of blocks whose last bytes have not passed yet
 
     def write(self, data: bytes) -> None:
-        self.stream.write(data)
-        self.digest.update(data)
+        if self.file:
+            self.file.write(data)
+        self.sha256.update(data)
+        view = memoryview(data)
+        while self.ends and self.ends[0][0] <= self.size + len(view):
+            end, samples = self.ends.popleft()
+            offset = self.blocks[-1][0] + self.blocks[-1][1] if self.blocks else 0
+            self.blocks.append([offset, end - offset, samples, zlib.crc32(view[: end - self.size], self.crc32)])
+            self.size, self.crc32, view = end, 0, view[end - self.size :]
+        self.size, self.crc32 = self.size + len(view), zlib.crc32(view, self.crc32)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The shard's entry in the index, once all bytes have passed."""
+        counts = {"nsamples": sum(samples for _, _, samples, _ in self.blocks), "filesize": self.size}
+        return {"url": name} | counts | {"sha256": self.sha256.hexdigest(), "blocks": self.blocks}
 
 
-class Stopped(Exception):
-    """Another worker failed, or the user pressed ^C: this shard is given up."""
-
-
-# Set in every worker process by start_worker: images and bytes done, and whether to stop.
-progress: tuple = ()
-
-
-def count_done(size: int) -> None:
-    """Tell the main process of one image of `size` bytes; Stopped if it wants no more of them."""
-    images_done, bytes_done, stop = progress
-    with images_done, bytes_done:
-        images_done.value += 1
-        bytes_done.value += size
-    if stop.value:
-        raise Stopped
-
-
-def start_worker(*shared) -> None:
-    """Take the shared counters, leave ^C to the main process, and don't outlive it (it may get a SIGKILL)."""
-    global progress
-    progress = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait_for_any([parent])
-        for command in list(commands):
-            end(command)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def read_ahead(paths: Iterable[Path], count: int = 16) -> Iterator[bytes]:
-    """The files' bytes, in order; the kernel fetches `count` of them ahead: a disk asked for one at a time idles."""
+def read_ahead(paths: Iterable[Path], number: int = 16) -> Iterator[bytes]:
+    """The files' bytes, in order. The kernel fetches `number` of them ahead, which keeps a disk busy."""
     ahead: deque[BinaryIO] = deque()
     try:
-        for path in itertools.chain(paths, [None] * count):
+        for path in itertools.chain(paths, [None] * number):
             if path:
                 ahead.append(open(path, "rb", buffering=0))
-                if hasattr(os, "posix_fadvise"):  # not on a Mac
+                if hasattr(os, "posix_fadvise"):  # macOS lacks it
                     os.posix_fadvise(ahead[-1].fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            if ahead and (not path or len(ahead) > count):
+            if ahead and (not path or len(ahead) > number):
                 with ahead.popleft() as file:
+                    path = file.name
                     yield file.read()
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}; fix it and rerun") from None
     finally:
         for file in ahead:
             file.close()
 
 
-class Rejected(Exception):
-    """A shard with bad images, which is not to be kept."""
+class InvalidImages(Exception):
+    """A shard with invalid images, which is not kept; args[0] lists their [path, problem]."""
 
 
-def write_shard(plan: Plan, number: int, images: list[Image], target: Target, skip_bad: bool) -> dict:
-    """Write one shard, return its entry in the index.
+def write_shard(plan: Plan, number: int, images: list[Image], target: Target, skip_invalid: bool) -> dict[str, Any]:
+    """Write one shard and return its entry in the index, in which "skipped" lists [path, problem] of invalid images.
 
-    The entry's "skipped" lists [path, flaw] of the bad images. If there are any and skip_bad is off, all images
-    are still looked at, so that one run names every bad one, but no shard is left behind.
+    InvalidImages if there are any and they are not to be skipped: all images are read, but no shard is stored.
     """
-    name, skipped, resize = plan.name(number), [], plan.recipe["resize"]
-    pattern = name.replace(f"{number:06d}", "%06d")
-    with contextlib.suppress(Rejected), writing(locate(target.prefix, name)) as file:
-        stream, samples = DigestWriter(file), 0
-        # mtime=0: a float time would add a kilobyte of PAX headers to every member, other bytes every run.
-        options = dict(start_shard=number, maxsize=float("inf"), verbose=0, mtime=0, opener=lambda _: stream)
-        with wds.ShardWriter(pattern, maxcount=len(images), **options) as shard:
+    name, block_size, resize = SHARD_NAME.format(plan.split, number), plan.recipe["block_size"], plan.recipe["resize"]
+    skipped, samples = [], 0
+    with open_writer(target, target.locate(name)) as file:
+        digest = ShardDigest(file)
+        # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
+        with wds.TarWriter(digest, mtime=0) as tar:
             for image, data in zip(images, read_ahead(plan.root / image.path for image in images)):
+                check_stop()
                 if len(data) != image.size:
-                    raise ShardError(
-                        f"{plan.root / image.path}: {len(data)} bytes, {image.size} when listed; "
-                        "leave the tree alone and start again"
-                    )
+                    problem = f"{len(data)} bytes, but {image.size} when listed; do not change the tree and rerun"
+                    raise ShardError(f"{plan.root / image.path}: {problem}")
                 try:
-                    check(data)
-                    jpg = shrink(data, *resize) if resize else data
+                    validate_image(data)
+                    jpg = resize_image(data, *resize[:2]) if resize else data
                 except ValueError as error:
                     skipped.append([image.path, str(error)])
-                else:
-                    shard.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
-                    samples += 1
-                    if samples % plan.recipe["blocksize"] == 0:
-                        stream.digest.end_block(shard.tarstream.tarstream.offset, plan.recipe["blocksize"])
-                count_done(image.size)
-            if rest := samples % plan.recipe["blocksize"]:
-                stream.digest.end_block(shard.tarstream.tarstream.offset, rest)
-        if skipped and not skip_bad:
-            raise Rejected
-    return {
-        "url": name,
-        "nsamples": samples,
-        "filesize": stream.digest.size,
-        "sha256": stream.digest.sha256.hexdigest(),
-        "skipped": skipped,
-        "blocks": stream.digest.blocks,
-    }
+                    continue
+                tar.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
+                samples += 1
+                if samples % block_size == 0:
+                    digest.ends.append((tar.tarstream.offset, block_size))
+            if samples % block_size:
+                digest.ends.append((tar.tarstream.offset, samples % block_size))
+        if skipped and not skip_invalid:
+            raise InvalidImages(skipped)
+    return digest.entry(name) | ({"skipped": skipped} if skipped else {})
 
 
-# ---------------------------------------------------------------- plan → all shards + index
-# Shards in any order, each noted in a journal as it becomes whole; the index comes when none is missing.
+# ---------------------------------------------------------------- plan → all shards and the index
+
+UNFINISHED = "imagenet-conversion-not-finished"  # kind of the file that takes the index's place meanwhile
 
 
-def write_text(name: str, text: str, *prefixes: str) -> None:
-    """Write a small file under each prefix, one after the other; it is there whole or not at all."""
-    for prefix in dict.fromkeys(prefixes):
-        with writing(locate(prefix, name)) as file:
-            file.write(text.encode())
-
-
-def finished_shards(plan: Plan, target: Target, skip_bad: bool) -> dict[int, dict]:
-    """The index entries, by shard number, of the shards that are whole: of an earlier run, or of other --part's.
-
-    Read from the index or, before there is one, from the journals: a line with the recipe, then a line a shard.
-    ShardError if what lies in the folder was made from something else than this plan.
-    """
-    folder, index = target.record, target.record / f"imagenet-{plan.split}.json"
-    advice = "use the same arguments, another --shards, or --overwrite"
-    records = [index] if index.exists() else sorted(folder.glob(f"imagenet-{plan.split}.*journal"))
-    if not records and (shards := list(folder.glob(f"imagenet-{plan.split}-*.tar"))):
-        raise ShardError(f"{folder}: holds {len(shards)} {plan.split} shards without an index; {advice}")
-    entries = {}
-    for record in records:
-        try:
-            if record == index:
-                content = json.loads(index.read_text())
-                recipe, found = content["recipe"], content["shardlist"]
-            else:
-                recipe, *found = map(json.loads, record.read_text().split("\n")[:-1])  # a crash may cut the last line
-            entries |= {e["url"]: e for e in found if e["filesize"] >= 0 and e["skipped"] is not None}
-            pairs = [(key, recipe.get(key), value) for key, value in plan.recipe.items()]
-            odd = [f"{key} {then} then, {now} now" for key, then, now in pairs if then != now]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ShardError(f"{record}: not written by this program; {advice}") from None
-        if odd:
-            raise ShardError(f"{folder}: its {plan.split} shards have another recipe ({'; '.join(odd)}); {advice}")
-
-    whole = {}
-    for number in range(len(plan.shards)):
-        name = plan.name(number)
-        if (entry := entries.get(name)) and (skip_bad or not entry["skipped"]):
-            path = folder / name
-            if target.command or path.is_file() and path.stat().st_size == entry["filesize"]:
-                whole[number] = entry
-    return whole
-
-
-def in_processes(
-    function: Callable, jobs: dict[int, tuple], lines: dict[int, str], workers: int, bar: tqdm, size: int
-) -> Iterator[tuple[int, Any]]:
-    """Call function(*jobs[n]) for each job in `workers` processes; yield (n, result) as they come, in any order.
-
-    lines[n] is printed when job n begins; the bar follows the images that the workers count, of `size` bytes in all.
-    """
-    images_done, bytes_done, stop = counters = [multiprocessing.Value("q", 0) for _ in range(3)]
-    waiting, running = list(jobs), {}
-    # Not Python's own handler: its KeyboardInterrupt gets lost if ^C comes while a process is forked.
-    handler = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "value", 1))
-    with bar, ProcessPoolExecutor(workers, initializer=start_worker, initargs=counters) as pool:
-        try:
-            while waiting or running:
-                for number in waiting[: workers - len(running)]:
-                    tqdm.write(lines[number], file=sys.stdout)
-                    sys.stdout.flush()  # into a log file too
-                    running[pool.submit(function, *jobs[number])] = number
-                    waiting.remove(number)
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                if stop.value:
-                    raise KeyboardInterrupt
-                bar.set_postfix_str(f"{human(bytes_done.value)} of {human(size)}", refresh=False)
-                bar.update(images_done.value - bar.n)
-                for future in done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool:
-            raise ShardError(
-                "a worker process was killed (out of memory?); start again with fewer --workers: whole shards are kept"
-            ) from None
-        finally:
-            stop.value = 1
-            signal.signal(signal.SIGINT, handler)
-
-
-def write_all(plan: Plan, target: Target, part: Part, entries: dict[int, dict], skip_bad: bool, workers: int) -> None:
-    """Write this part's shards that have no entry yet; journal theirs and those given. ShardError for bad images."""
-    todo = [number for number in range(len(plan.shards))[part.number - 1 :: part.parts] if number not in entries]
-    for number in todo:
-        for leftover in target.record.glob(f"{plan.name(number)}*"):  # of a run that was killed
-            leftover.unlink()
-    if entries:
-        print(f"# keeping {len(entries)} of {len(plan.shards)} {plan.split} shards that are whole")
-    journal = f"imagenet-{plan.split}.{part.number}-of-{part.parts}.journal"
-    begin = "".join(json.dumps(line) + "\n" for line in (plan.recipe, *entries.values()))
-    write_text(journal, begin, str(target.record))
-    (target.record / f"imagenet-{plan.split}.json").unlink(missing_ok=True)
-
-    starts = list(itertools.accumulate((len(images) for images in plan.shards), initial=0))
-    brief, jobs, lines = plan._replace(shards=[], classes=[]), {}, {}  # a worker needs its own images only
-    for number in todo:
-        images = plan.shards[number]
-        payload = human(sum(image.payload for image in images))
-        jobs[number] = brief, number, images, target, skip_bad
-        place = locate(target.prefix, plan.name(number)).removeprefix("pipe:")
-        lines[number] = f"# writing {place} {len(images)} {payload} {starts[number]}"
-    images, size = sum(len(plan.shards[n]) for n in todo), sum(image.size for n in todo for image in plan.shards[n])
-    bar = tqdm(total=images, desc=plan.split, unit=" images", disable=None)
-    bad, begun = [], time.monotonic()
-    with open(target.record / journal, "a", encoding="utf-8") as log:
-        for _, entry in in_processes(write_shard, jobs, lines, workers, bar, size):
-            bad += entry["skipped"]
-            if skip_bad or not entry["skipped"]:
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-    for path, problem in sorted(bad):
-        print(f"# bad image {plan.root / path}: {problem}", file=sys.stderr)
-    if bad and not skip_bad:
-        raise ShardError(
-            f"{plan.root / plan.split}: {len(bad)} bad images, named above; mend or remove them, "
-            "or start again with --skip-bad to leave them out (the whole shards are kept)"
-        )
-    print(f"# {plan.split}: {images / (time.monotonic() - begun):,.0f} images/s")
-
-
-def format_index(content: dict) -> str:
-    """The index as JSON with a line a shard: readable, and small."""
+def format_index(content: dict[str, Any]) -> str:
+    """The index as JSON with one line per shard, so that it is readable and small."""
     shards = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in content["shardlist"])
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "shardlist")
     return "{\n" + ",\n".join(lines) + f',\n"shardlist": [\n{shards}\n]\n}}\n'
 
 
-def write_index(plan: Plan, target: Target, entries: dict[int, dict]) -> None:
-    """Write imagenet-SPLIT.json, and remove the journals."""
-    shardlist = [entries[number] for number in range(len(plan.shards))]
-    samples, size = (sum(entry[name] for entry in shardlist) for name in ("nsamples", "filesize"))
-    content = {
-        "__kind__": "wids-shard-index-v1",  # github.com/webdataset/webdataset: wids; other keys are ours
-        "wids_version": 1,
-        "name": f"imagenet-{plan.split}",
-        "shardlist": shardlist,
-        "classes": plan.classes,
-        "class_names": None,
-        "recipe": plan.recipe,
-    }
-    name = f"imagenet-{plan.split}.json"
-    write_text(name, format_index(content), target.prefix, str(target.record))
-    for journal in target.record.glob(f"imagenet-{plan.split}.*journal"):
-        journal.unlink(missing_ok=True)
-    skipped = sum(len(entry["skipped"]) for entry in shardlist)
-    note = f", {skipped} bad images left out" if skipped else ""
-    place = locate(target.prefix, name).removeprefix("pipe:")
-    print(f"# {place}: {len(shardlist)} shards, {samples} images, {human(size)}, {len(plan.classes)} classes{note}")
-
-
-def convert(plan: Plan, target: Target, part: Part | None, skip_bad: bool, workers: int) -> None:
-    """Write the part's shards that are not whole yet and then, if no other's lacks, the index. No part: only the index.
-
-    ShardError leaves no index.
-    """
-    index = target.record / f"imagenet-{plan.split}.json"
-    entries = finished_shards(plan, target, skip_bad or index.exists())
-    if part and len(entries) < len(plan.shards):
-        write_all(plan, target, part, finished_shards(plan, target, skip_bad), skip_bad, workers)
-        entries = finished_shards(plan, target, skip_bad)
-    lacking = [plan.name(number) for number in range(len(plan.shards)) if number not in entries]
-    if not lacking:
-        write_index(plan, target, entries)
-    elif part:
-        print(f"# {plan.split}: {len(lacking)} shards of other parts are to come; who ends last writes the index")
-    else:
-        raise ShardError(
-            f"{target.record}: {len(lacking)} of {len(plan.shards)} {plan.split} shards lack (first {lacking[0]}); "
-            "write them (--part), or bring them here with their journals"
-        )
-
-
 def write_info(target: Target) -> None:
-    """_info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the indexes that are there."""
+    """Write _info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the complete indexes."""
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
-        index = target.record / f"imagenet-{split}.json"
-        if index.exists():
-            shards = json.loads(index.read_text())["shardlist"]
-            splits[name] = {
-                "name": name,
-                "num_samples": sum(shard["nsamples"] for shard in shards),
-                "filenames": [shard["url"] for shard in shards],
-                "shard_lengths": [shard["nsamples"] for shard in shards],
-            }
-    if splits:
-        write_text("_info.json", json.dumps({"splits": splits}, indent=1) + "\n", target.prefix, str(target.record))
+        with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or one that is not complete
+            shards = json.loads((target.record / INDEX_NAME.format(split)).read_text())["shardlist"]
+            lengths, files = [shard["nsamples"] for shard in shards], [shard["url"] for shard in shards]
+            splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
+    store(target, "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------- index → all is well
-# The other way round, and through any prefix: what the index promises is counted, summed and looked at again.
+def write_stub(plan: Plan, target: Target) -> None:
+    """Replace the index by a file that says that the conversion is not finished."""
+    message = "The conversion is not finished: rerun the same imagenet_shards.py command to resume it."
+    stub = {"__kind__": UNFINISHED, "message": message} | plan.about
+    store(target, INDEX_NAME.format(plan.split), json.dumps(stub, indent=1) + "\n")
+    write_info(target)
 
 
-def verify_shard(prefix: str, entry: dict, classes: int, decode: bool) -> tuple[list[str], list[str]]:
-    """Read one shard to its end; (its keys, what is wrong with it). Its checksum, then each sample."""
-    keys, wrong, sha256, size = [], [], hashlib.sha256(), 0
+def write_index(target: Target, split: str, entries: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write imagenet-SPLIT.json in the format of wids, which ignores the keys that are ours, and _info.json."""
+    head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"imagenet-{split}"}
+    store(target, INDEX_NAME.format(split), format_index(head | about | {"shardlist": entries}))
+    write_info(target)
+    skipped = sum(len(entry.get("skipped", [])) for entry in entries)
+    note = f", {count(skipped, 'invalid image')} skipped" if skipped else ""
+    place = target.locate(INDEX_NAME.format(split)).removeprefix("pipe:")
+    print(f"# {place}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
 
-    class Tee(io.RawIOBase):
-        def read(self, count: int) -> bytes:
-            nonlocal size
-            data = stream.read(count)
-            sha256.update(data)
-            size += len(data)
-            return data
 
-    try:
-        with wds.gopen(locate(prefix, entry["url"])) as stream:
-            tee = Tee()
-            with tarfile.open(fileobj=tee, mode="r|") as tar:
-                members = ((member.name, tar.extractfile(member).read()) for member in tar if member.isfile())
-                for (cls, label), (jpg, data) in itertools.zip_longest(members, members, fillvalue=("nothing", b"")):
-                    tar.members = []  # or it remembers them all
-                    keys.append(key := cls.removesuffix(".cls"))
-                    if (cls, jpg) != (f"{key}.cls", f"{key}.jpg") or not KEY.fullmatch(key):
-                        wrong.append(f"members {cls}, {jpg} instead of KEY.cls, KEY.jpg")
-                    if not label.isdigit() or int(label) >= classes:
-                        wrong.append(f"{key}: label {label[:20]!r} is not below {classes}")
+def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
+    """ShardError if the target holds shards of another conversion; with `overwrite` these lose their index instead."""
+    index, problem = target.record / INDEX_NAME.format(plan.split), ""
+    shards = list(target.record.glob(f"imagenet-{plan.split}-*.tar"))
+    if index.exists():
+        try:
+            then = json.loads(index.read_text())["recipe"] or {}
+            pairs = [(key, then.get(key), now) for key, now in plan.recipe.items() if then.get(key) != now]
+            differing = "; ".join(f"{key} {then} then, {now} now" for key, then, now in pairs)
+            problem = differing and f"its {plan.split} shards have another recipe ({differing})"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            problem = f"{index.name} was not written by this program"
+    elif shards:
+        problem = f"holds {count(len(shards), f'{plan.split} shard')} without an index"
+    if problem and not overwrite:
+        advice = "use the same tree and arguments, another --shards, --overwrite to start over, or --index-only"
+        raise ShardError(f"{target.record}: {problem}; {advice}")
+    if problem:
+        write_stub(plan, target)
+        for path in shards:
+            if path.name >= SHARD_NAME.format(plan.split, len(plan.shards)):  # the others will be replaced
+                path.unlink()
+
+
+def finished_shards(plan: Plan, target: Target) -> dict[int, dict[str, Any]]:
+    """Index entries, by shard number, of the shards that any run of this conversion has finished."""
+    finished = {}
+    for number in range(len(plan.shards)):
+        name = SHARD_NAME.format(plan.split, number)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            recipe, entry = json.loads(target.record_path(name).read_text()).values()
+            stored = target.prefix.startswith("pipe:") or (target.record / name).stat().st_size == entry["filesize"]
+            if stored and recipe == plan.recipe:
+                finished[number] = entry
+    return finished
+
+
+def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: bool, workers: int) -> None:
+    """Write these shards and record each. ShardError if there are invalid images that are not to be skipped."""
+    starts = list(itertools.accumulate(map(len, plan.shards), initial=0))
+    brief = plan._replace(shards=[], about={})  # a worker gets the images of its shard only
+    jobs = {number: (brief, number, plan.shards[number], target, skip_invalid) for number in numbers}
+    images, invalid, start = sum(len(plan.shards[n]) for n in numbers), [], time.monotonic()
+    with tqdm(total=images, desc=plan.split, unit=" images", disable=None) as bar:
+        for number, future in run_jobs(write_shard, jobs, workers):
+            bar.update(len(plan.shards[number]))
+            try:
+                entry = future.result()
+            except InvalidImages as error:
+                invalid += error.args[0]
+                continue
+            name, record = entry["url"], {"recipe": plan.recipe, "entry": entry}
+            with open_writer(target, str(target.record_path(name))) as file:
+                file.write(json.dumps(record).encode())
+            for leftover in target.record.glob(f"{name}.tmp-*"):  # of a run that was killed, or writes the same bytes
+                leftover.unlink(missing_ok=True)
+            invalid += entry.get("skipped", [])
+            place, size = target.locate(name).removeprefix("pipe:"), format_bytes(entry["filesize"])
+            report(f"# writing {place} {entry['nsamples']} {size} {starts[number]}")
+    for path, problem in sorted(invalid):
+        print(f"# invalid image {plan.root / path}: {problem}", file=sys.stderr)
+    if invalid and not skip_invalid:
+        raise ShardError(
+            f"{plan.root / plan.split}: {count(len(invalid), 'invalid image')}, listed above; rerun with --skip-bad to "
+            "leave them out (finished shards are kept), or fix them and rerun with --overwrite (starts over)"
+        )
+    print(f"# {plan.split}: {images / (time.monotonic() - start):,.0f} images/s")
+
+
+def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers: int) -> None:
+    """Write the part's shards that are not finished and, once those of all parts are, the index."""
+    numbers, finished = range(len(plan.shards)), finished_shards(plan, target)
+    if todo := [number for number in numbers[part] if number not in finished]:
+        if finished:
+            print(f"# {plan.split}: keeping {len(finished)} of {count(len(numbers), 'shard')} that are finished")
+        write_stub(plan, target)  # before any shard is replaced
+        write_shards(plan, target, todo, skip_invalid, workers)
+        finished = finished_shards(plan, target)
+    missing = [number for number in numbers if number not in finished]
+    if lost := sorted({*missing} & {*numbers[part]}):
+        name = SHARD_NAME.format(plan.split, lost[0])
+        raise ShardError(f"{target.record}: {name} was removed or changed meanwhile; rerun to write it again")
+    if missing:
+        print(f"# waiting for {count(len(missing), f'{plan.split} shard')}; the last part to finish writes the index")
+    else:
+        write_index(target, plan.split, [finished[number] for number in numbers], plan.about)
+
+
+# ---------------------------------------------------------------- shards → index entries
+# One function reads a shard and returns its entry: --verify compares that with the index, --index-only stores it.
+
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")  # names that are safe in a path and in a command
+
+
+def read_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes], int]]:
+    """(key, {extension: bytes}, offset of its end) of each sample, grouped as webdataset does it."""
+    split_name = wds.tariterators.base_plus_ext
+    for key, members in itertools.groupby(tar, lambda member: split_name(member.name)[0]):
+        sample, end = {}, 0
+        for member in members:
+            tar.members = []  # otherwise it keeps all of them
+            if key and (not member.isreg() or member.issparse()):  # a sparse one may claim any size
+                raise tarfile.ReadError(f"{member.name}: not a regular file")
+            if key:
+                sample[split_name(member.name)[1].lower()] = tar.extractfile(member).read()
+                end = member.offset_data + -(-member.size // 512) * 512
+        if key:  # webdataset ignores other names, such as those of folders
+            yield key, sample, end
+
+
+def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> int:
+    """The class number of a sample of one image and one label. ValueError says what is wrong with it."""
+    images = [data for extension, data in sample.items() if extension in ("jpg", "jpeg", "png")]
+    if len(images) != 1 or "cls" not in sample:
+        raise ValueError(f"members {', '.join(sample)}; expected cls and one of jpg, jpeg, png")
+    validate_image(images[0], decode)
+    if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", sample["cls"]) or classes and int(sample["cls"]) >= classes:
+        raise ValueError(f"label {sample['cls'][:20]!r} is not a number below {classes or 10**9}")
+    return int(sample["cls"])
+
+
+def read_shard(
+    target: Target, name: str, block_size: int, classes: int | None, decode: bool
+) -> tuple[dict[str, Any], list[str], int, list[str]]:
+    """Read a shard to its end: (its entry in the index, keys, highest label, problems)."""
+    keys, highest, problems, end, digest = [], -1, [], 0, ShardDigest()
+    with open_reader(target, target.locate(name)) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for key, sample, end in read_samples(tar):
+                    check_stop()
+                    keys.append(key)
+                    if len(keys) % block_size == 0:
+                        digest.ends.append((end, block_size))
                     try:
-                        check(data, decode)
+                        highest = max(highest, read_label(sample, classes, decode))
                     except ValueError as error:
-                        wrong.append(f"{key}: {error}")
-                    count_done(len(data))
-            while tee.read(1 << 20):
-                pass
-    except (OSError, ValueError, tarfile.TarError) as error:
-        wrong.append(str(error))
-    found = {"filesize": size, "nsamples": len(keys), "sha256": sha256.hexdigest()}
-    odd = [f"{name} {value} found, {entry[name]} in the index" for name, value in found.items() if value != entry[name]]
-    wrong += odd[: not wrong]  # one reason is enough
-    return keys, [f"{entry['url']}: {line}" for line in wrong]
+                        problems.append(f"{key}: {error}")
+        except tarfile.TarError as error:
+            problems.append(str(error))
+        if len(keys) % block_size:
+            digest.ends.append((end, len(keys) % block_size))
+        file.seek(end)
+        trailer = file.read(1 << 20)
+        if not problems and (len(trailer) < 1024 or trailer.strip(b"\0")):  # tarfile ends at a damaged header
+            problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
+        file.seek(0)
+        while data := file.read(1 << 20):
+            check_stop()
+            digest.write(data)
+    return digest.entry(name), keys, highest, problems
 
 
-def verify(prefix: str, split: str, decode: bool, workers: int) -> None:
-    """Check a finished split under a prefix against its index, every byte of it. ShardError if anything is wrong."""
-    place = locate(prefix, f"imagenet-{split}.json")
-    try:
-        with wds.gopen(place) as stream:
-            index = json.loads(stream.read())
-        entries = dict(enumerate(index["shardlist"]))
-        jobs = {n: (prefix, entry, len(index["classes"]), decode) for n, entry in entries.items()}
-        images, size = (sum(entry[key] for entry in entries.values()) for key in ("nsamples", "filesize"))
-        odd = [e["url"] for e in entries.values() if not re.fullmatch(r"\w[\w.-]*\.tar", e["url"]) or not e["sha256"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{place}: not an index ({error or 'nothing came'}); is --shards={prefix} right?") from None
-    if odd:
-        raise ShardError(f"{place}: lists {odd[0]!r}, which is no shard's name; don't trust it")
-    bar = tqdm(total=images, desc=f"verify {split}", unit=" images", disable=None)
-    lines = {n: f"# reading {e['url']} {e['nsamples']} {human(e['filesize'])}" for n, e in entries.items()}
-    owner, wrong = {}, []
-    for number, (keys, lines_wrong) in in_processes(verify_shard, jobs, lines, workers, bar, size):
-        wrong += lines_wrong
+def read_shards(
+    target: Target, names: list[str], expected: dict[str, dict], options: tuple, unique: bool, workers: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Read all shards with read_shard(*options): (their entries, highest label).
+
+    ShardError, after a list of all problems, if there are any. Problems are also differences from the `expected`
+    entries, and a key that two samples of a shard or, if `unique`, of all shards have.
+    """
+    entries, highest, owner, problems = {}, -1, {}, []
+    jobs = {name: (target, name, *options) for name in names}
+    for name, future in tqdm(run_jobs(read_shard, jobs, workers), total=len(names), unit=" shards", disable=None):
+        try:
+            entries[name], keys, label, found = future.result()
+        except (ShardError, OSError) as error:
+            problems.append(f"{name}: {error}")
+            continue
+        report(f"# reading {name} {len(keys)} {format_bytes(entries[name]['filesize'])}")
+        owner, highest = owner if unique else {}, max(label, highest)
         for key in keys:
-            if owner.setdefault(key, number) != number:
-                wrong.append(f"{entries[number]['url']}: {key}: also in {entries[owner[key]]['url']}")
-    for line in sorted(wrong):
-        print(f"# wrong: {line}", file=sys.stderr)
-    if wrong:
-        raise ShardError(f"{place}: {len(wrong)} faults, listed above; make or fetch those shards again")
-    print(f"# {place}: {len(entries)} shards, {images} images, {human(size)}: all as the index says")
+            found += [f"{key}: also in {owner[key]}"] if key in owner else []
+            owner[key] = name
+        if name in expected and not found:
+            pairs = [(key, value, expected[name].get(key)) for key, value in entries[name].items()]
+            found = [f"{key} differs: {now} found, {then} in the index" for key, now, then in pairs if now != then][:1]
+        problems += [f"{name}: {problem[:200]}" for problem in found]
+    for problem in sorted(problems):
+        print(f"# problem: {problem}", file=sys.stderr)
+    if problems:
+        advice = f"{count(len(problems), 'problem')}, listed above; write or fetch those shards again"
+        raise ShardError(f"--shards={target.prefix}: {advice}")
+    return [entries[name] for name in names], highest
+
+
+def read_index(target: Target, url: str) -> dict[str, Any]:
+    """A complete index of this version. ShardError if there is none."""
+    try:
+        with open_reader(target, url) as file:
+            index = json.loads(file.read())
+        if index["__kind__"] == UNFINISHED:
+            raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
+        if strange := [entry["url"] for entry in index["shardlist"] if not SHARD.fullmatch(entry["url"])]:
+            raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
+        summarize(index["shardlist"]), index["classes"][0], index["recipe"], index["shardlist"][0]
+        [[length for _, length, _, _ in entry["blocks"]] for entry in index["shardlist"]]
+        return index
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"not an index of this version ({error!r})"
+        raise ShardError(f"{url}: {problem}; correct --shards or make a new index with --index-only") from None
+
+
+def verify(args: argparse.Namespace, target: Target, split: str) -> None:
+    """Compare every byte of a split's shards with the index. ShardError if anything differs."""
+    name = INDEX_NAME.format(split)
+    url = str(args.index / name) if args.index else target.locate(name)
+    index = read_index(target, url)
+    entries = {entry["url"]: entry for entry in index["shardlist"]}
+    block_size = max((block[2] for entry in entries.values() for block in entry["blocks"]), default=1)
+    options = block_size, len(index["classes"]), args.decode
+    read_shards(target, list(entries), entries, options, index["recipe"] is not None, args.workers)
+    print(f"# {url.removeprefix('pipe:')}: {summarize(index['shardlist'])}: all as the index says")
+
+
+def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
+    """Make an index of shards that exist, of this program or of another, and write it into a folder."""
+    source, output = Path(target.prefix), args.index or Path(target.prefix)
+    names = wds.shardlists.expand_urls(args.names) if args.names else []
+    if strange := [name for name in names if not SHARD.fullmatch(name)]:
+        raise ShardError(f"--names: {strange[0]!r} is not a file name that ends in .tar; folders belong into --shards")
+    if not source.is_dir() and not (names and args.index):
+        raise ShardError(f"--shards={target.prefix}: not a folder, so --index-only needs --names and --index")
+    output.mkdir(parents=True, exist_ok=True)
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # of an earlier version, or of a conversion in parts
+        known = dict(json.loads((output / INDEX_NAME.format(split)).read_text()))
+    recipe = known.get("recipe") if not names and "shards" in (known.get("recipe") or {}) else None
+    if not names:
+        number = recipe["shards"] if recipe else len(list(source.glob(f"imagenet-{split}-*.tar")))
+        names = [SHARD_NAME.format(split, n) for n in range(number)]
+    missing = [name for name in names if source.is_dir() and not (source / name).is_file()]
+    if missing or not names:
+        what = f"{len(missing)} of {count(len(names), f'{split} shard')} missing (first {[*missing, 'any'][0]})"
+        raise ShardError(f"{source}: {what}; write them, copy them here, or name others with --names")
+    classes, class_names = known.get("classes"), known.get("class_names")
+    if args.classes:  # a class a line, or "n01440764 tench, Tinca tinca"
+        lines = args.classes.read_text(encoding="utf-8").splitlines()
+        wnids = all(re.match(r"n\d{8} ", line) for line in lines)
+        classes, class_names = ([line[:9] for line in lines], [line[10:] for line in lines]) if wnids else (lines, None)
+    options = recipe["block_size"] if recipe else args.block_size, classes and len(classes), args.decode
+    entries, highest = read_shards(target, names, {}, options, recipe is not None, args.workers)
+    classes = classes or [str(label) for label in range(highest + 1)]
+    about = {"classes": classes, "class_names": class_names or find_class_names(None, classes), "recipe": recipe}
+    write_index(target._replace(prefix=str(output), record=output), split, entries, about)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def positive(text: str) -> float:
-    """An argparse type: a number above zero; 1e9 is as good as 1000000000."""
+def whole(text: str) -> int:
+    """An argparse type: a positive whole number; 1e9 is as good as 1000000000."""
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+        if float(text).is_integer() and float(text) >= 1:
+            return int(float(text))
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
 
 
-def kth_of(text: str) -> Part:
-    """An argparse type: K/N."""
+def k_of_n(text: str) -> slice:
+    """An argparse type: K/N, as the slice of every N-th item from the K-th on."""
     with contextlib.suppress(ValueError):
         number, parts = map(int, text.split("/"))
         if 1 <= number <= parts:
-            return Part(number, parts)
-    raise argparse.ArgumentTypeError(f"{text!r} is not K/N, say 2/8 for the second of eight parts")
+            return slice(number - 1, None, parts)
+    raise argparse.ArgumentTypeError(f"{text!r} is not K/N, for example 2/8 for the second of eight parts")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the defaults that tell something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+def make_parser() -> argparse.ArgumentParser:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(
+        description="Pack ImageNet's image files into WebDataset shards and an index.",
+        epilog="Each finished shard is a line: # writing NAME SAMPLES SIZE BEFORE, the number of samples before it.",
+        allow_abbrev=False,
+    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--imagenet", metavar="DIR", type=Path, help="convert the folder that holds train/ and val/")
+    add("--verify", action="store_true", help="read finished shards and compare every byte with the index")
+    add("--index-only", action="store_true", help="make an index of shards that parts or another program wrote")
+    add = parser.add_argument
+    add("--shards", metavar="PREFIX", type=os.path.expanduser, default="./data",
+        help="folder of shards and index, or pipe:COMMAND that stores its standard input, where %%s becomes the file's "
+        "name; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file [%(default)s]")
+    add("--splits", default="train,val", help="train, val or both with a comma [%(default)s]")
+    add("--workers", metavar="N", type=whole, default=cores, help="processes, with a shard each [%(default)s]")
+    add("--retries", metavar="N", type=int, default=5, help="per shard whose command fails or stalls [%(default)s]")
+    add("--timeout", metavar="S", type=whole, default=300, help="seconds without progress of a command [%(default)s]")
+    add("--block-size", metavar="N", type=whole, default=64, help="samples in a block [%(default)s]")
+    add = parser.add_argument_group("with --imagenet").add_argument
+    add("--seed", type=int, default=0, help="of the one shuffle of each split [%(default)s]")
+    add("--maxsize", metavar="BYTES", type=whole, default="1e9", help="a shard ends when it has as many [%(default)s]")
+    add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples [%(default)s]")
+    add("--resize", metavar="PX", type=whole, help="shrink images to a shorter side of PX pixels, encoded as JPEG")
+    add("--quality", metavar="Q", type=int, default=90, choices=range(1, 96), help="of these JPEGs, 1–95 [%(default)s]")
+    add("--val-labels", metavar="FILE", type=Path,
+        help="LOC_val_solution.csv or meta.bin for a val/ without class folders [found beside the tree]")
+    add("--part", metavar="K/N", type=k_of_n, default="1/1", help="write every N-th shard, starting with the K-th")
+    add("--record", metavar="DIR", type=Path, default=".",
+        help="for a pipe: command, where to make a folder that records finished shards [%(default)s]")
+    add("--skip-bad", action="store_true", help="leave out, and list, images that are not a valid JPEG or PNG")
+    add("--overwrite", action="store_true", help="replace shards of another tree or of other arguments")
+    add = parser.add_argument_group("with --verify and --index-only").add_argument
+    add("--decode", action="store_true", help="decode every image")
+    add("--index", metavar="DIR", type=Path, help="folder of the index, if it is not with the shards")
+    add("--names", help="with --index-only: shards of one split, for example 'imagenet1k-train-{0000..1023}.tar'")
+    add("--classes", metavar="FILE", type=Path, help="with --index-only: the classes in label order, one a line")
+    return parser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(
-        description="Convert the ImageNet tree into WebDataset shards and an index.",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--imagenet", metavar="DIR", type=Path, help="folder with train/ and val/ of class folders")
-    task.add_argument("--verify", action="store_true", help="read finished shards again, check all that the index says")
-    add("--shards", metavar="PREFIX", default="./data",
-        help="folder for the shards and the index, or pipe:COMMAND that stores its standard input, %%s becomes a "
-        "file's name; with --verify also a URL, or pipe:COMMAND that prints a file")
-    add("--splits", default="train,val", help="what to convert: train, val or both with a comma")
-    add("--seed", type=int, default=0, help="of the one shuffle over each split")
-    add("--maxsize", metavar="BYTES", type=positive, default="1e9", help="a shard is closed when it holds as many")
-    add("--maxcount", metavar="N", type=positive, default=100000, help="… or as many samples")
-    add("--block-size", metavar="N", type=positive, default=64,
-        help="samples in a block, the unit of which the index has a checksum and which a reader fetches")
-    add("--workers", metavar="N", type=positive, default=cores, help="processes, each writing whole shards")
-    add("--resize", metavar="PX", type=positive, default=None,
-        help="shrink images to a shorter side of PX and encode them again; the same images in the same shards")
-    add("--quality", metavar="Q", type=int, default=90, help="of the JPEGs that --resize makes")
-    add("--part", metavar="K/N", type=kth_of, default="1/1",
-        help="write every N-th shard only, from the K-th; the part that ends last writes the index")
-    add("--index-only", action="store_true", help="write no shards, only the index of those that all parts wrote")
-    add("--record", metavar="DIR", type=Path, default=None,
-        help="with a pipe: command: where to keep a folder that records finished shards, for restarts and --part "
-        "(default: the current folder)")
-    add("--decode", action="store_true", help="with --verify: decode every image too")
-    add("--skip-bad", action="store_true", help="leave out, and list, images that are no JPEG or PNG")
-    add("--overwrite", action="store_true", help="replace shards that were made with other arguments")
-    args = parser.parse_args(argv)
-    if not set(args.splits.split(",")) <= set(ARCHIVES):
-        parser.error(f"argument --splits: {args.splits!r} is not train, val or train,val")
-    if not 1 <= args.quality <= 95:
-        parser.error(f"argument --quality: {args.quality} is not within 1 and 95")
-    if args.decode and not args.verify:
-        parser.error("argument --decode: goes with --verify")
-    if args.overwrite and (args.index_only or args.part.parts > 1):
-        parser.error("argument --overwrite: would remove what other parts wrote; remove the old shards first")
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = re.findall(r"--[a-z-]+", parser.format_help())
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+    if not (args.imagenet or args.verify or args.index_only):
+        parser.error("one of the arguments --imagenet --verify --index-only is required")
+    args.splits = list(dict.fromkeys(args.splits.split(",")))  # once each, in the order given
+    if not set(args.splits) <= set(ARCHIVES):
+        parser.error(f"argument --splits: {','.join(args.splits)!r} is not train, val or train,val")
+    if args.imagenet and (args.decode or args.index or args.names or args.classes):
+        parser.error("argument --imagenet: not allowed with --decode, --index, --names or --classes")
+    if args.names and (args.verify or len(args.splits) > 1):
+        parser.error("argument --names: needs --index-only, and --splits=train or --splits=val")
+    for name in ("imagenet", "val_labels", "record", "index", "classes"):
+        setattr(args, name, getattr(args, name) and getattr(args, name).expanduser())
     return args
 
 
-def find_target(shards: str, record: Path | None) -> Target:
-    """Where --shards and --record lead; ShardError for what can't be written to."""
-    if shards.startswith("pipe:"):
-        # The place's own name: to a restart, another bucket is another conversion.
-        name = f"imagenet-shards-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
-        return Target(shards, (record or Path()).expanduser() / name)
-    if re.match("[a-z0-9]+://", shards):
-        raise ShardError(
-            f"--shards={shards}: can be read from (--verify), not written to; name a folder or a command that stores "
-            "its input, say pipe:gsutil cp - gs://bucket/%s"
-        )
-    folder = Path(shards).expanduser()
-    if record and record.expanduser().resolve() != folder.resolve():
-        raise ShardError(f"--record={record}: goes with a pipe: command; the record of a folder lies in it")
-    return Target(str(folder), folder)
+def find_target(args: argparse.Namespace) -> Target:
+    """Where the shards are. ShardError if --imagenet can't write there."""
+    shards, record, problem = args.shards, Path(args.shards), ""
+    if shards.startswith("pipe:"):  # named after the command: to a restart, another bucket is another conversion
+        record = args.record / f"imagenet-shards-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
+    elif args.imagenet and "://" in shards:
+        problem = "can only be read; name a folder or a command that stores its input: pipe:gsutil cp - gs://bucket/%s"
+    elif args.imagenet and "%s" in shards:
+        problem = "%s is for pipe:COMMAND; name the folder alone"
+    if problem:
+        raise ShardError(f"--shards={shards}: {problem}")
+    return Target(shards, record, args.retries, args.timeout)
+
+
+def convert_all(args: argparse.Namespace, target: Target) -> None:
+    """Convert the splits. What can be refused is refused before the first shard is written."""
+    if not args.imagenet.is_dir():
+        raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
+    resize = [args.resize, args.quality] if args.resize else None
+    limits = args.seed, args.maxsize, args.maxcount, args.block_size, resize, args.val_labels
+    plans = [make_plan(args.imagenet, split, *limits) for split in args.splits]
+    target.record_path("").parent.mkdir(parents=True, exist_ok=True)
+    if target.prefix.startswith("pipe:"):
+        print(f"# finished shards are recorded in {target.record}")
+    for plan in plans:
+        check_target(plan, target, args.overwrite)
+    for plan in plans:
+        convert(plan, target, args.part, args.skip_bad, args.workers)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    splits = dict.fromkeys(args.splits.split(","))  # once each, in the order given
     try:
-        if args.verify:
-            for split in splits:
-                verify(args.shards, split, args.decode, int(args.workers))
-            return 0
-        target = find_target(args.shards, args.record)
-        root = args.imagenet.expanduser()
-        if not root.is_dir():
-            raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
-        limits = args.maxsize, int(args.maxcount), args.resize and int(args.resize), args.quality, int(args.block_size)
-        plans = [make_plan(root, split, args.seed, *limits) for split in splits]
-        target.record.mkdir(parents=True, exist_ok=True)
-        if target.command:
-            print(f"# finished shards are recorded in {target.record}")
-        if args.part.parts == 1 and not args.index_only:  # nobody else writes here
-            for leftover in (*target.record.glob("imagenet-*.tmp-*"), *target.record.glob("_info.json.tmp-*")):
-                leftover.unlink()
-        for plan in plans:
-            if args.overwrite:  # the index first: it vouches for the shards
-                for pattern in (".json", ".*journal", "-*.tar"):
-                    for old in target.record.glob(f"imagenet-{plan.split}{pattern}"):
-                        old.unlink()
-            else:
-                finished_shards(plan, target, args.skip_bad)  # refuse before hours of work, not after
-        for plan in plans:
-            convert(plan, target, None if args.index_only else args.part, args.skip_bad, int(args.workers))
-        write_info(target)
-    except ShardError as error:
-        print(f"imagenet_shards.py: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        what = error.filename or args.shards
-        print(f"imagenet_shards.py: {what}: {error.strerror}; mend that and start again", file=sys.stderr)
+        target = find_target(args)
+        if args.imagenet:
+            convert_all(args, target)
+        else:
+            for split in args.splits:
+                (verify if args.verify else index_only)(args, target, split)
+    except (ShardError, OSError) as error:
+        problem = error if isinstance(error, ShardError) else f"{error.filename}: {error.strerror}; fix it and rerun"
+        print(f"imagenet_shards.py: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("imagenet_shards.py: interrupted; the same command goes on from the whole shards", file=sys.stderr)
+        print("imagenet_shards.py: interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
     return 0
 

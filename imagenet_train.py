@@ -73,7 +73,6 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import fsspec
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -189,25 +188,6 @@ class Web:
             raise TrainError(reason(error)) from None
 
 
-class Bucket:
-    """Reads ranges of objects in s3:// or gs:// through fsspec, which needs s3fs or gcsfs."""
-
-    def __init__(self, prefix: str, timeout: float) -> None:
-        self.prefix = prefix
-        try:  # an instance of its own: one that is shared across a fork hangs
-            self.files = fsspec.filesystem(prefix.partition("://")[0], skip_instance_cache=True)
-        except (ImportError, ValueError) as error:
-            remedy = "install it, or name a command, such as pipe:aws s3 cp s3://bucket/%s -"
-            raise PermanentError(f"{reason(error)}; {remedy}") from None
-
-    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
-        try:
-            return self.files.cat_file(locate(self.prefix, name), offset, offset + length)
-        except Exception as error:  # each library has its own
-            permanent = isinstance(error, (FileNotFoundError, PermissionError))
-            raise (PermanentError if permanent else TrainError)(reason(error)) from None
-
-
 # What curl, gsutil, aws, sh and the kernel print when a file does not exist or may not be read.
 PERMANENT = re.compile(
     r"exit status 12[67]\b|error( code)?: 40[134]\b|40[134] (Not Found|Forbidden|Unauthorized)|No such file"
@@ -299,11 +279,20 @@ class Command:
         self.process = None
 
 
-def open_source(prefix: str, timeout: float) -> Folder | Web | Bucket | Command:
+COMMANDS = {"s3": "pipe:aws s3 cp s3://bucket/%s -", "gs": "pipe:gsutil cat gs://bucket/%s"}
+
+
+def open_source(prefix: str, timeout: float) -> Folder | Web | Command:
     """What reads files under this prefix. timeout: seconds without a byte after which a read fails."""
-    kinds = {"pipe:": Command, "http://": Web, "https://": Web}
-    kind = next((kind for start, kind in kinds.items() if prefix.startswith(start)), None)
-    return (kind or (Bucket if re.match(r"[a-z][a-z0-9+.-]*://", prefix) else Folder))(prefix, timeout)
+    if prefix.startswith("pipe:"):
+        return Command(prefix, timeout)
+    protocol = re.match(r"([a-z][a-z0-9+.-]*)://", prefix)
+    if not protocol:
+        return Folder(prefix, timeout)
+    if protocol[1] not in ("http", "https"):
+        command = COMMANDS.get(protocol[1], "pipe:COMMAND %s")
+        raise PermanentError(f"cannot read {protocol[0]} URLs; name a command that prints the file, such as {command}")
+    return Web(prefix, timeout)
 
 
 def retry(read: Callable[[], Any], retries: int, stop: threading.Event | None = None) -> Any:
@@ -644,7 +633,7 @@ class LoaderConfig:
         return crop_size(epoch, self.epochs, self.first_size or self.size, self.size)
 
 
-def fetch(source: Folder | Web | Bucket | Command, index: Index, block: Block) -> bytes:
+def fetch(source: Folder | Web | Command, index: Index, block: Block) -> bytes:
     """A block's bytes from its source, checked. TrainError that names shard, block, source and what was found."""
     name, count = index.names[block.shard], f"{block.samples} sample{'s' * (block.samples > 1)}"
     place = name if index.tree else f"{name}, {count} at byte {block.offset}"

@@ -190,10 +190,10 @@ def check(folder: Path, alone: Path) -> None:
         torch.testing.assert_close(two[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def run_job(machines: Machines, job: dict, blows: list[tuple[int, signal.Signals, str]]) -> str:
+def run_job(machines: Machines, job: dict, signals: list[tuple[int, signal.Signals, str]]) -> str:
     """What Kubernetes does: it starts the pods and replaces one that failed, until the Job is Complete or Failed.
 
-    blows: pod, signal, and the beginning of the line in its diary that brings it about.
+    signals: pod, signal, and the beginning of the line in its diary after which it is sent.
     """
     spec = job["spec"]
     exits = [rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"] if rule["action"] == "FailJob"]
@@ -210,19 +210,19 @@ def run_job(machines: Machines, job: dict, blows: list[tuple[int, signal.Signals
                 return "Failed"
             if status:
                 start_pod(machines, job, index)
-        for index, number, moment in blows[:1]:
+        for index, number, moment in signals[:1]:
             path = machines.folder / f"rank-{index}.jsonl"
             if path.exists() and moment in path.read_text():
                 machines.send(index, number)
-                del blows[0]
+                del signals[0]
         assert time.monotonic() < deadline, machines.output(0)[-2000:] + machines.output(1)[-2000:]
         time.sleep(0.02)
 
 
 def test_pods_come_back_and_train_as_one_process(unique, alone, machines):
     """One is told to go within an epoch, and saves; the first, which hosts the rendezvous, is killed in the next."""
-    blows = [(1, signal.SIGTERM, "[0, 2, "), (0, signal.SIGKILL, "[1, 7, ")]
-    assert run_job(machines, render(shards=str(unique), nodes=2)[2], blows) == "Complete" and not blows
+    signals = [(1, signal.SIGTERM, "[0, 2, "), (0, signal.SIGKILL, "[1, 7, ")]
+    assert run_job(machines, render(shards=str(unique), nodes=2)[2], signals) == "Complete" and not signals
     assert all("SIGTERM: " in machines.output(index) for index in (0, 1))
     for rank in (0, 1):
         assert len(diary(machines.folder, rank, "train", epoch=0)) == STEPS  # each once: saved, not made again

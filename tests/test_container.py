@@ -39,8 +39,8 @@ def engine(*arguments: str) -> str:
     return subprocess.run([ENGINE, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def somebody() -> dict:
-    """Who runs ./run: for root a user who may ask Docker, and may read ImageNet through another group only."""
+def caller() -> dict:
+    """Who runs ./run. For root: a user who may use Docker and can read ImageNet through a supplementary group only."""
     if os.getuid() or ENGINE != "docker":  # podman's images are each user's own
         return {"user": os.getuid(), "group": os.getgid(), "extra_groups": os.getgroups()}
     socket = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
@@ -51,7 +51,7 @@ class Desk:
     """A user's folder with a copy of the checkout, ImageNet in `tree`, shards in `my shards`, output in `out`."""
 
     def __init__(self, folder: Path, tree: Path) -> None:
-        self.folder, self.who = folder, somebody()
+        self.folder, self.who = folder, caller()
         (folder / "checkout" / "tests").mkdir(parents=True)
         for name in [*CONTEXT, "run", "config.sh"]:
             shutil.copy(TOP / name, folder / "checkout" / name)

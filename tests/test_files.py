@@ -1,4 +1,4 @@
-"""The small files around the scripts: Dockerfile, constraints.txt, run, config.sh, train.yml and what they promise."""
+"""The small files around the scripts: Dockerfile, constraints.txt, run, config.sh, train.yml and what they do."""
 
 import importlib.metadata
 import json
@@ -36,7 +36,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all files
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def refused(done: subprocess.CompletedProcess) -> str:
     ["shellcheck --external-sources run config.sh .ci/run", "hadolint Dockerfile"]
     + ["yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 120}}}' train.yml"],
 )
-def test_linters_find_nothing(command):
+def test_linters_report_nothing(command):
     done = call(*shlex.split(command), PATH=f"{TOOLS}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_top_level_holds_what_was_agreed_and_nothing_else():
+def test_top_level_has_only_the_agreed_files():
     listed = call("git", "ls-files", "--cached", "--others", "--exclude-standard")
     assert listed.returncode == 0, listed.stderr
     top = {path.split("/")[0] for path in listed.stdout.splitlines() if not path.startswith(".")}
@@ -109,7 +109,7 @@ def test_only_what_the_image_holds_is_sent_to_the_engine():
     assert patterns[0] == "*" and {f"!{name}" for name in copied} == set(patterns[1:])
 
 
-def test_image_is_ordered_for_the_build_cache_and_runs_as_nobody_special():
+def test_image_is_ordered_for_the_build_cache_and_runs_as_an_unprivileged_user():
     text = (TOP / "Dockerfile").read_text()
     assert "# syntax" not in text and "<<" not in text  # older builders know neither
     kinds = [f"{kind} {rest}" for kind, rest in instructions()]
@@ -146,7 +146,7 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize("command", ["bogus", "venv", "fail", "container", ".*", "-x", "ls"])
-def test_what_is_no_command_is_refused_in_one_line(command):
+def test_an_unknown_command_is_refused_in_one_line(command):
     assert refused(call("./run", command)) == f"run: {command}: no such command; ./run help lists them"
 
 
@@ -224,7 +224,7 @@ def test_container_gets_folders_user_memory_and_arguments_as_given(engine):
     assert "--tty" not in options and "--interactive" not in options
 
 
-def test_verify_is_given_no_imagenet(engine):
+def test_verify_is_not_given_the_imagenet_folder(engine):
     _, run = engine
     _, given = run("imagenet_shards.py", "--verify", "--decode", imagenet="nowhere")
     assert given[-4:] == ["imagenet_shards.py", "--shards=/data", "--verify", "--decode"]
@@ -265,14 +265,14 @@ def test_in_rootless_docker_the_caller_is_root(engine):
     assert [option for option in given if option.startswith(("--user", "--group-add"))] == ["--user=0:0"]
 
 
-def test_podman_keeps_the_caller_who_is_not_root(engine):
+def test_podman_runs_as_the_caller_if_that_is_not_root(engine):
     folder, run = engine
     (folder / "bin" / "id").write_text("#!/bin/sh\necho 1234\n")
     (folder / "bin" / "id").chmod(0o755)
     assert {"--userns=keep-id", "--group-add=keep-groups", "--user=1234:1234"} <= set(run("shell", engine="podman")[1])
 
 
-def test_training_gets_a_place_for_its_output_and_the_gpus_there_are(engine):
+def test_training_gets_an_output_folder_and_all_gpus(engine):
     folder, run = engine
     _, plain = run("imagenet_train.py", "--devices=2")
     assert plain[-4:] == ["imagenet_train.py", "--shards=/data", "--output=/output", "--devices=2"]
@@ -314,7 +314,7 @@ def test_without_an_engine_every_container_command_says_so_in_one_line(command, 
     assert "docker: does not answer" in refused(run(command, info="1")[0])
 
 
-def test_what_is_missing_is_named_in_one_line(engine):
+def test_missing_inputs_are_named_in_one_line(engine):
     folder, run = engine
     assert f"{folder}/nowhere: no such folder" in refused(run("imagenet_shards.py", imagenet="nowhere")[0])
     assert f"{folder}/nowhere: no such folder" in refused(run("serve", shards="nowhere")[0])
@@ -322,7 +322,7 @@ def test_what_is_missing_is_named_in_one_line(engine):
     assert f"{folder}/a:b: container engines cannot mount a path with a colon" in refused(run("serve", shards="a:b")[0])
     assert f"{folder}/nowhere: no such folder" in refused(run("imagenet_train.py", shards="nowhere")[0])
     assert run("imagenet_train.py", "--shards=http://host/", shards="nowhere")[1][-1] == "--shards=http://host/"
-    assert "x: no such image; ./run build makes it" in refused(run("shell", image="x", missing="1")[0])
+    assert "x: no such image; build it with ./run build" in refused(run("shell", image="x", missing="1")[0])
 
 
 # ---------------------------------------------------------------- train.yml
@@ -365,7 +365,7 @@ def launch(job: dict, index: int, folder: Path) -> subprocess.CompletedProcess:
     return call(*command_line(job, index), **env)
 
 
-def test_envsubst_replaces_the_image_and_the_shards_and_eats_nothing_else():
+def test_envsubst_replaces_the_image_and_the_shards_only():
     text = (TOP / "train.yml").read_text()
     done = call("envsubst", "--variables", text)
     assert done.returncode == 0 and set(done.stdout.split()) == {"image", "shards"}
@@ -377,7 +377,7 @@ def test_envsubst_replaces_the_image_and_the_shards_and_eats_nothing_else():
     ["pipe:gsutil cat gs://bucket/%s", "http://host/a b/", "pipe:curl -s http://localhost:8080/",
      """pipe:sh -c 'cat "/data/%s" # {x}: [y] & *z \\n'"""],
 )
-def test_values_arrive_as_they_are(shards):
+def test_image_and_shards_are_passed_unchanged(shards):
     job = render("registry/x:1@sha256:00", shards)[2]
     assert f"--shards={shards}" in command_line(job)
     pod = job["spec"]["template"]["spec"]

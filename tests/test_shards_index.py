@@ -1,14 +1,19 @@
 """The index: its blocks tile a shard's data and hold exactly its samples, and other libraries read it."""
 
+import contextlib
 import io
 import itertools
 import json
 import random
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
 
+import places
 import pytest
+import torchvision
+import webdataset as wds
 import wids
 from conftest import convert
 from hypothesis import given, settings
@@ -20,7 +25,7 @@ import imagenet_shards as script
 def tar_members(data: bytes) -> list[tuple[str, bytes]]:
     """(name, bytes) of a tar's members, read with Python's tarfile; the trailer may be missing."""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar]
+        return [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()]
 
 
 def check_blocks(shard: Path, entry: dict, block_size: int) -> None:
@@ -51,24 +56,21 @@ def test_blocks_tile_the_shard_and_hold_its_samples(tree, tmp_path, block_size):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(0, 60), st.integers(1, 50), st.randoms())
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(0, 60), st.integers(1, 50), st.randoms())
 def test_blocks_do_not_depend_on_how_the_bytes_arrive(lengths, trailer, chunk, rng):
-    """A block's end may be announced before or after its bytes have passed."""
+    """A block's end may be announced at any time before its last bytes pass."""
     data = rng.randbytes(sum(lengths) + trailer)
     ends = list(itertools.accumulate(lengths))
-    digest, waiting = script.ShardDigest(), list(zip(ends, range(1, 100)))
+    digest, waiting = script.ShardDigest(io.BytesIO()), list(zip(ends, range(1, 100)))
     for start in range(0, len(data), chunk):
-        while waiting and rng.random() < 0.5:
-            digest.end_block(*waiting.pop(0))
-        digest.update(data[start : start + chunk])
-    for block in waiting:
-        digest.end_block(*block)
-    digest.update(b"")
+        while waiting and (waiting[0][0] <= start + chunk or rng.random() < 0.5):
+            digest.ends.append(waiting.pop(0))
+        digest.write(data[start : start + chunk])
     expected = [
         [start, end - start, number, zlib.crc32(data[start:end])]
         for number, (start, end) in enumerate(zip([0, *ends], ends), 1)
     ]
-    assert digest.blocks == expected and digest.size == len(data)
+    assert digest.blocks == expected and digest.size == len(data) and digest.file.getvalue() == data
 
 
 def test_full_scale_index_is_small():
@@ -95,3 +97,174 @@ def test_wids_reads_the_index(tree, shards):
     dataset = wids.ShardListDataset(str(shards / "imagenet-val.json"), cache_dir=None)
     assert len(dataset) == 30
     assert {int(sample[".cls"]) for sample in map(dataset.__getitem__, range(30))} == set(range(10))
+
+
+# ---------------------------------------------------------------- other libraries
+
+
+def test_timm_reads_the_shards(shards):
+    timm_data = pytest.importorskip("timm.data")
+    found = []
+    for split, total in (("train", 60), ("validation", 30)):
+        dataset = timm_data.create_dataset(
+            "wds/imagenet", root=str(shards), split=split, is_training=False, batch_size=1, input_img_mode="RGB"
+        )
+        found.append([label for _, label in dataset])
+        assert len(found[-1]) == total
+    assert set(found[0]) == set(found[1]) == set(range(10))
+
+
+def test_hugging_face_datasets_reads_the_shards(shards, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = {"train": str(shards / "imagenet-train-*.tar"), "validation": str(shards / "imagenet-val-*.tar")}
+    found = datasets.load_dataset("webdataset", data_files=files, cache_dir=str(tmp_path))
+    assert {split: len(found[split]) for split in found} == {"train": 60, "validation": 30}
+    assert {int(label) for label in found["train"]["cls"]} == set(range(10)) and found["train"][0]["jpg"].width > 0
+
+
+# ---------------------------------------------------------------- shards that others wrote
+
+
+def write_others(tree: Path, folder: Path, pattern: str, maxcount: int) -> list[tuple[str, int]]:
+    """Shards as webdataset's documentation writes them, with a member more; the (key, label) of each sample."""
+    folder.mkdir()
+    oracle = torchvision.datasets.ImageFolder(tree / "train")
+    found = []
+    with wds.ShardWriter(str(folder / pattern), maxcount=maxcount, verbose=0) as shard:  # PAX headers: mtime is a float
+        for path, label in random.Random(0).sample(oracle.samples, len(oracle)):
+            key, data = Path(path).stem, Path(path).read_bytes()
+            extension = "png" if data.startswith(b"\x89PNG") else "jpeg" if label % 2 else "jpg"
+            shard.write({"__key__": f"train/{key}", extension: data, "cls": label, "json": {"filename": key}})
+            found.append((f"train/{key}", label))
+    return found
+
+
+def image_first(shard: Path) -> None:
+    """Order the members as jpg, json, cls, after an entry for the folder, as GNU tar of a folder begins."""
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    order = {"cls": 2, "json": 1}
+    members.sort(key=lambda pair: (pair[0].name.rsplit(".", 1)[0], order.get(pair[0].name.rsplit(".", 1)[1], 0)))
+    with tarfile.open(shard, "w", format=tarfile.GNU_FORMAT) as tar:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for member, data in members:
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("order", ["as written", "image first"])
+@pytest.mark.parametrize("where", ["folder", "command", "nginx"])
+def test_an_index_of_shards_that_webdataset_wrote(tree, tmp_path, order, where, capsys):
+    names = "imagenet1k-train-{0000..0002}.tar"  # timm's
+    expected = write_others(tree, tmp_path / "theirs", "imagenet1k-train-%04d.tar", 25)
+    if order == "image first":
+        for shard in (tmp_path / "theirs").iterdir():
+            image_first(shard)
+    flags = ["--splits=train", f"--names={names}", "--block-size=4", f"--index={tmp_path}/index", "--workers=2"]
+    with places.nginx(tmp_path / "theirs") if where == "nginx" else contextlib.nullcontext() as url:
+        prefix = {"folder": tmp_path / "theirs", "command": f"pipe:cat {tmp_path}/theirs/%s", "nginx": url}[where]
+        assert script.main(["--index-only", f"--shards={prefix}", *flags]) == 0
+        assert script.main(["--verify", f"--shards={prefix}", f"--index={tmp_path}/index", "--splits=train"]) == 0
+    index = json.loads((tmp_path / "index" / "imagenet-train.json").read_text())
+    assert [entry["nsamples"] for entry in index["shardlist"]] == [25, 25, 10]
+    assert index["classes"] == list("0123456789") and index["recipe"] is None
+    found = set()
+    for entry in index["shardlist"]:
+        check_blocks(tmp_path / "theirs" / entry["url"], entry, 4)
+        for offset, length, _, _ in entry["blocks"]:
+            with open(tmp_path / "theirs" / entry["url"], "rb") as file:
+                file.seek(offset)
+                block = tar_members(file.read(length))
+            found |= {(name.rsplit(".", 1)[0], int(data)) for name, data in block if name.endswith(".cls")}
+    assert found == set(expected)
+
+
+def test_an_index_of_the_previous_version_gets_blocks(shards, tmp_path, capsys):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    shutil.rmtree(folder / ".finished")
+    path = folder / "imagenet-train.json"
+    index = json.loads(path.read_text())
+    old = index | {"recipe": {"seed": 0, "maxsize": 1000000000, "maxcount": 7, "images": 60, "tree": "x", "resize": None}}
+    old["shardlist"] = [{k: v for k, v in entry.items() if k != "blocks"} | {"skipped": []} for entry in index["shardlist"]]
+    path.write_text(json.dumps(old, indent=1))
+    assert script.main(["--verify", f"--shards={folder}", "--splits=train"]) == 1
+    error = capsys.readouterr().err
+    assert "blocks" in error and "--index-only" in error and error.count("\n") == 1
+    assert script.main(["--index-only", f"--shards={folder}", "--splits=train"]) == 0
+    assert json.loads(path.read_text()) == index | {"recipe": None}
+    assert script.main(["--verify", f"--shards={folder}", "--splits=train"]) == 0
+
+
+def test_classes_from_a_file(tree, tmp_path):
+    write_others(tree, tmp_path / "theirs", "x-%d.tar", 100)
+    run = ["--index-only", "--splits=train", f"--shards={tmp_path}/theirs", "--names=x-0.tar", f"--classes={tmp_path}/names"]
+    names = [f"great class {number}" for number in range(10)]
+    for lines, classes, class_names in (
+        (names, names, None),
+        ([f"n0000000{n} {name}" for n, name in enumerate(names)], [f"n0000000{n}" for n in range(10)], names),
+    ):
+        (tmp_path / "names").write_text("\n".join(lines) + "\n")
+        assert script.main(run) == 0
+        index = json.loads((tmp_path / "theirs" / "imagenet-train.json").read_text())
+        assert (index["classes"], index["class_names"]) == (classes, class_names)
+
+
+OTHERS = {
+    "No such file": lambda folder: (folder / "x-1.tar").unlink(),
+    "1 of 3 train shards missing (first x-1.tar)": lambda folder: (folder / "x-1.tar").unlink(),
+    "is it truncated or damaged?": lambda folder: cut_at_a_sample(folder / "x-1.tar"),
+    "unexpected end of data": lambda folder: (folder / "x-1.tar").write_bytes((folder / "x-1.tar").read_bytes()[:9000]),
+    "label b'9' is not a number below 9": lambda folder: (folder / "names").write_text("class\n" * 9),
+    "expected cls and one of jpg, jpeg, png": lambda folder: drop(folder / "x-1.tar", ".cls"),
+    "also in x-1.tar": lambda folder: double(folder / "x-1.tar"),
+}
+
+
+def cut_at_a_sample(shard: Path) -> None:
+    """A valid tar without its last sample and trailer."""
+    with tarfile.open(shard) as tar:
+        end = tar.getmembers()[-3].offset
+    shard.write_bytes(shard.read_bytes()[:end])
+
+
+def drop(shard: Path, suffix: str) -> None:
+    members = [(name, data) for name, data in tar_members(shard.read_bytes()) if not name.endswith(suffix)]
+    write_tar(shard, members)
+
+
+def double(shard: Path) -> None:
+    members = tar_members(shard.read_bytes())
+    write_tar(shard, [*members, *members[:3]])
+
+
+def write_tar(shard: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("expected", OTHERS)
+def test_index_only_refuses(tree, tmp_path, capsys, expected):
+    folder = tmp_path / "theirs"
+    write_others(tree, folder, "x-%d.tar", 25)
+    OTHERS[expected](folder)
+    prefix = f"pipe:cat {folder}/" if expected == "No such file" else folder
+    flags = ["--splits=train", "--names=x-{0..2}.tar", f"--index={tmp_path}", "--retries=0"]
+    flags += [f"--classes={folder}/names"] if (folder / "names").exists() else []
+    assert script.main(["--index-only", f"--shards={prefix}", *flags]) == 1
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+    assert not (tmp_path / "imagenet-train.json").exists()
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--names=a/b.tar", "--splits=train"], "'a/b.tar' is not a file name that ends in .tar"),
+    (["--shards=http://localhost/", "--splits=train"], "--index-only needs --names and --index"),
+])  # fmt: skip
+def test_index_only_needs(tmp_path, capsys, flags, expected):
+    assert script.main(["--index-only", f"--shards={tmp_path}", *flags]) == 1
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1

@@ -1427,10 +1427,6 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
-    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "validate":  # without training
-            self.on_train_start(trainer)
-
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
         while os.read(signals, 1) != bytes([signal.SIGTERM]):
@@ -1996,7 +1992,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
     folder = version_folder(args.output, None)
-    trainer = make_trainer(args, folder, callbacks=[ProgressBar(), SigtermHandler(folder / "last.ckpt")], enable_checkpointing=False)
+    trainer = make_trainer(args, folder, callbacks=[ProgressBar()], enable_checkpointing=False)
     workers = cores_per_rank(trainer) if args.workers is None else args.workers
     [config] = make_configs(args, [index], trainer.world_size, workers)
     model = make_model(args, index, index.total, str(weights))

@@ -137,7 +137,7 @@ def assert_all_ended(leader: int) -> None:
 
 def test_sigterm_to_rank_0_ends_the_ranks_that_it_started(unique, tmp_path):
     """Rank 0 takes longer to end than Lightning takes to notice that the other one has ended."""
-    process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="7")
+    process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="12")
     assert process.wait(100) == SIGTERM_EXIT, (tmp_path / "log").read_text()
     assert_all_ended(process.pid)
     assert checkpoint(tmp_path)["global_step"] == 3

@@ -45,15 +45,15 @@ def image_bytes(index: script.Index) -> float:
 class OneBatch(script.Loader):
     """The same batch, on the device from the start, again and again: training as if loading cost nothing."""
 
-    def __init__(self, config: script.LoaderConfig, device: torch.device) -> None:
-        super().__init__(config)
-        size = self.crop()
+    def __init__(self, config: script.LoaderConfig, device: torch.device, **options) -> None:
+        super().__init__(config, **options)
+        size = config.crop(self.epoch)
         self.images = torch.randint(0, 256, (config.batch, size, size, 3), dtype=torch.uint8, device=device)
         self.labels = torch.randint(0, len(config.index.classes), (config.batch,), device=device)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        while self.done < len(self):
-            self.done += 1
+        for _ in range(len(self) - self.done):
+            self.advance()
             yield [self.images, self.labels]
 
 
@@ -94,9 +94,9 @@ def timed_fit(
     args: argparse.Namespace, config: script.LoaderConfig, skip: int, count: int, one_batch: bool
 ) -> tuple[float, pl.Trainer]:
     """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
-    watch, bar = Stopwatch(skip), script.ProgressBar(args.log_every)
+    watch, bar = Stopwatch(skip), script.ProgressBar()
     trainer = script.make_trainer(
-        args, args.output, callbacks=[watch, script.SigtermHandler(), bar], enable_checkpointing=False, limit_val_batches=0,
+        args, args.output, callbacks=[watch, script.SigtermHandler(args.output / "last.ckpt"), bar], enable_checkpointing=False, limit_val_batches=0,
         max_epochs=1, max_steps=skip + count,
     )
     make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else script.Loader

@@ -3,11 +3,11 @@
     RECORD=DIR [DIE_AT=STEP] [WORKERS="0 2 3"] python record.py [imagenet_train.py's arguments]
 
 DIR/rank-R.jsonl gets a line [epoch, step, "train" or "val", labels] a batch. With a tree of one image a class a label
-names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step. TERM_AT, TERM_RANK: that
-rank gets a real SIGTERM at that step, or in validation if TERM_AT is "val". LINGER: seconds that rank 0 takes to end
-after an exception. WORKERS: the number of loader processes; of several, a run each, one after the other, with the diary
-in DIR/workers-N. READS=1: DIR/reads-R.txt gets a line a training step, the number of times that anything was read off
-the device before it.
+names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step, DIE_IN_VALIDATION: in that
+epoch's validation. TERM_AT, TERM_RANK: that rank gets a real SIGTERM at that step, or in validation if TERM_AT is
+"val". LINGER: seconds that rank 0 takes to end after an exception. WORKERS: the number of loader processes; of several,
+a run each, one after the other, with the diary in DIR/workers-N. READS=1: DIR/reads-R.txt gets a line a training step,
+the number of times that anything was read off the device before it.
 """
 
 import json
@@ -64,6 +64,8 @@ class Diary(pl.Callback):
     def on_validation_batch_start(self, trainer: pl.Trainer, module, batch: list, batch_idx: int, loader: int = 0) -> None:
         self.write(trainer, "val", batch)
         self.terminate(trainer, "val")
+        if trainer.current_epoch == int(os.environ.get("DIE_IN_VALIDATION", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def with_diary(args, folder, **changes):

@@ -1026,7 +1026,7 @@ class Loader:
         for _ in range(len(self) - self.done):
             *batch, errors = self.next_batch()
             for error in errors:
-                warn(f"not used: {error}")
+                tqdm.write(f"imagenet_train.py: not used: {error}", file=sys.stderr)  # above a progress bar
             self.bad += len(errors)
             if self.bad > config.max_bad:
                 limit = f"--max-bad={config.max_bad}"
@@ -1361,10 +1361,9 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
     def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "fit":
-            self.validation_due = True
-            trainer.save_checkpoint(self.path)
-            self.validation_due = False
+        self.validation_due = True
+        trainer.save_checkpoint(self.path)
+        self.validation_due = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
@@ -1406,10 +1405,6 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
-    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "validate":  # without training
-            self.on_train_start(trainer)
-
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
         while os.read(signals, 1) != bytes([signal.SIGTERM]):
@@ -1419,9 +1414,9 @@ class SigtermHandler(pl.Callback):
             step = self.steps
             if self.ended.wait(SIGTERM_TIMEOUT):
                 return
-        resume = f"--resume continues from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        error = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}"
-        print(f"imagenet_train.py: {error}", file=sys.stderr, flush=True)
+        exists = self.checkpoint.exists()
+        resume = f"--resume continues from {self.checkpoint}" if exists else "there is no checkpoint yet"
+        warn(f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}")
         self.on_exception(trainer, None, TimeoutError())
         os._exit(128 + signal.SIGTERM)
 
@@ -1438,6 +1433,7 @@ class SigtermHandler(pl.Callback):
             requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
         # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
         if requested and (trainer.validating or trainer.datamodule.loader.done):
+            trainer.strategy.barrier()  # the store may be in rank 0's process, which must not end before all have read
             raise SIGTERMException
 
     on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync
@@ -1702,7 +1698,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="machines; torchrun sets it")
     add("--precision", metavar="NAME", help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
     add("--max-epochs", metavar="N", type=count, help="epochs to train")
-    add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after N steps; -1: no limit")
+    add("--max-steps", metavar="N", type=number(int, -1), default=-1,
+        help="stop after N steps; -1: no limit. The learning rate follows --max-epochs")
     add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
 
     add = parser.add_argument_group("output").add_argument
@@ -1915,7 +1912,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
     folder, show = version_folder(args.output, None), rank_zero_only(print)
-    callbacks = [ProgressBar(), SigtermHandler(folder / "last.ckpt")]
+    callbacks = [ProgressBar()]
     trainer = make_trainer(args, folder, callbacks=callbacks, enable_checkpointing=False)
     [config] = make_configs(args, [index], trainer)
     model = make_model(args, index, index.total, weights)
@@ -1983,10 +1980,14 @@ def main(argv: list[str] | None = None) -> int:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     except (RuntimeError, MemoryError) as error:
         cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+        if cpu or isinstance(error, torch.OutOfMemoryError):
+            memory = "this machine" if cpu else "the device"
+            message = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one"
+        elif isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
+            message = "another rank ended; its message says why"
+        else:
             raise
-        memory = "this machine" if cpu else "the device"
-        message, status = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one", 1
+        status = 1
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:  # Lightning makes the third of the second
         sigterm, newest = isinstance(error, SIGTERMException), newest_checkpoint(args.output)
         message = f"--resume continues from {newest}" if newest else "there is no checkpoint yet"

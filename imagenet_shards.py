@@ -569,6 +569,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
         digest = ShardDigest(file)
         # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
         with wds.TarWriter(digest, mtime=0) as tar:
+            tar.tarstream.copybufsize = tar.tarstream.fileobj.bufsize = 1 << 16  # 1.1 times as fast as with 10 KiB
             for image, data in zip(images, read_ahead(plan.root / image.path for image in images)):
                 check_stop()
                 if len(data) != image.size:

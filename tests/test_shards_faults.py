@@ -419,4 +419,5 @@ def test_another_version_of_pillow_does_not_continue_a_resized_conversion(tree, 
 def test_a_mistyped_flag_names_the_nearest_one(capsys, flag, nearest):
     with pytest.raises(SystemExit) as stop:
         script.main([flag])
-    assert stop.value.code == 2 and f"unrecognized arguments: {flag}; did you mean {nearest}?" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"unrecognized arguments: {flag}; did you mean {nearest}?" in capsys.readouterr().err

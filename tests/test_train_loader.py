@@ -290,7 +290,7 @@ def test_a_rest_that_is_shorter_than_a_global_batch_makes_one_step(unique):
         resumed = Loader(train_config(unique, batch=20, world=2, rank=rank))
         resumed.load_state_dict(state)
         assert len(resumed) == 2
-        (images, labels), = list(resumed)
+        ((images, labels),) = list(resumed)
         rest += [label for label in labels.tolist() if label != IGNORE_INDEX]
         assert labels.tolist()[14:] == [IGNORE_INDEX] * 6 and torch.equal(images[19], images[0])
         assert resumed.position[1] == 1
@@ -314,7 +314,9 @@ def test_the_resumed_place_is_described(blocks):
     assert loader.describe_resume() == "resuming at the start of epoch 1"
     for _ in zip(range(3), loader):
         pass
-    assert loader.describe_resume().startswith("resuming in epoch 1 after 3 of 12 batches, with 1 ranks x 1 readers x batch 5; ")
+    assert loader.describe_resume().startswith(
+        "resuming in epoch 1 after 3 of 12 batches, with 1 ranks x 1 readers x batch 5; "
+    )
     index = loader.config.index
     used = script.used_samples(index, 0, 0, loader.history)
     partly = [b for start, b in zip(index.starts, index.blocks) if 0 < sum(used[start : start + b.samples]) < b.samples]

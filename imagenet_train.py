@@ -160,9 +160,9 @@ class Web:
 
     def __init__(self, prefix: str, timeout: float) -> None:
         self.prefix, self.timeout = prefix, timeout
+        self.ranges = True  # or the server ignored the range of the last read
 
-    def open(self, name: str, offset: int, length: int) -> http.client.HTTPResponse:
-        """The response: status 206, or 200 from a server that ignores ranges. TrainError for any other status."""
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
         url = urllib.parse.urlsplit(locate(self.prefix, name))
         user, _, host = url.netloc.rpartition("@")
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
@@ -170,22 +170,17 @@ class Web:
             headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request = urllib.request.Request(url._replace(netloc=host).geturl(), headers=headers)
         try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                self.ranges = response.status == 206
+                data = response.read(length)
+                if response.length and len(data) < length == LIMIT:  # an index, which has no checksum
+                    raise TrainError(f"found {len(data)} bytes, {response.length} are missing")
+                return data
         except urllib.error.HTTPError as error:
             permanent = 400 <= error.code < 500 and error.code not in (408, 425, 429)
             raise (PermanentError if permanent else TrainError)(f"HTTP status {error.code} {error.reason}") from None
-        except urllib.error.URLError as error:
-            raise TrainError(reason(error.reason)) from None
-
-    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
-        try:
-            with self.open(name, offset, length) as response:
-                data = response.read(length)
-                if response.length and len(data) < length:  # of those that the server announced
-                    raise TrainError(f"found {len(data)} bytes, {response.length} are missing")
-                return data
-        except (OSError, http.client.HTTPException) as error:
-            raise TrainError(reason(error)) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError with the cause as its reason
+            raise TrainError(reason(getattr(error, "reason", error))) from None
 
 
 # What curl, gsutil, aws, sh and the kernel print when a file does not exist or may not be read.
@@ -418,9 +413,11 @@ def read_file(prefix: str, name: str, timeout: float) -> bytes:
 def readable_prefix(prefix: str, name: str, timeout: float) -> str:
     """The prefix; that of a web server which ignores ranges, tried with ten bytes of a file, as a command."""
     if prefix.startswith(("http://", "https://")):
-        with naming(printable(locate(prefix, name))), Web(prefix, timeout).open(name, 0, 10) as response:
-            if response.status != 206:
-                return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
+        web = Web(prefix, timeout)
+        with naming(printable(locate(prefix, name))):
+            web.read(name, 0, 10)
+        if not web.ranges:
+            return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
     return prefix
 
 
@@ -849,8 +846,7 @@ def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[to
             pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
         return pixels, label
     except Exception as error:  # Pillow raises many kinds on bad bytes
-        problem = reason(error)
-        raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {problem}") from None
+        raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {reason(error)}") from None
 
 
 def decode_all(
@@ -1002,58 +998,57 @@ class Loader:
             self.last_steps, self.history = steps, [self.config.division]
             self.epoch += self.config.training
 
+    def next_batch(self) -> list:
+        """What the loader processes made. TrainError if they failed."""
+        begun = time.perf_counter()
+        try:
+            batch = next(self.batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            remedy = "is memory or /dev/shm too small? Use fewer --workers or a smaller --shuffle"
+            raise TrainError(f"a loader process was killed ({error}); {remedy}") from None
+        self.waited += time.perf_counter() - begun
+        if isinstance(batch, TrainError):
+            raise batch
+        return batch
+
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        config, left = self.config, None
-        while left != 0:
-            if self.batches is None:
-                self.batches = iter(DataLoader(
-                    EpochDataset(config, self.epoch, self.history.copy(), self.disk_full), batch_size=None,
-                    num_workers=config.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=end_with_parent,
-                    multiprocessing_context=START_METHOD if config.workers else None,
-                ))
-            if left is None:
-                left = len(self) - self.done
-            if not self.done:
-                self.bad = 0
-            begun = time.perf_counter()
-            try:
-                batch = next(self.batches)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
-                    raise
-                raise TrainError(
-                    f"a loader process was killed ({error}); is memory or /dev/shm too small? "
-                    "Use fewer --workers or a smaller --shuffle"
-                ) from None
-            self.waited += time.perf_counter() - begun
-            if isinstance(batch, TrainError):
-                raise batch
-            *batch, errors = batch
+        config = self.config
+        if self.batches is None:
+            self.batches = iter(DataLoader(
+                EpochDataset(config, self.epoch, self.history.copy(), self.disk_full), batch_size=None,
+                num_workers=config.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=end_with_parent,
+                multiprocessing_context=START_METHOD if config.workers else None,
+            ))
+        if not self.done:
+            self.bad = 0
+        for _ in range(len(self) - self.done):
+            *batch, errors = self.next_batch()
             for error in errors:
-                warn(f"not used: {error}")
+                tqdm.write(f"imagenet_train.py: not used: {error}", file=sys.stderr)  # above a progress bar
             self.bad += len(errors)
             if self.bad > config.max_bad:
                 limit = f"--max-bad={config.max_bad}"
                 raise TrainError(f"{self.bad} undecodable images in an epoch, {limit}; last: {errors[-1]}")
             self.advance()
-            left -= 1
-            if not left and not config.training:
+            if not config.training and not self.done:
                 self.batches = None
             yield batch
 
     def order_digest(self, history: Sequence[Division]) -> str:
         """Of the first reader's order: it changes if a library or this script computes another one."""
-        c = self.config
-        if not history or not history[-1].done:
+        if not history:
             return ""
         history = [*history[:-1], history[-1]._replace(done=0)]
-        order, _ = plan_reader(c.index, True, c.seed, self.epoch, history, 0, 0)
+        order, _ = plan_reader(self.config.index, True, self.config.seed, self.epoch, history, 0, 0)
         return hashlib.sha256(array("q", order).tobytes()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
-        history = [list(division) for division in self.history if division.done]
-        state = {"epoch": self.epoch, "steps": self.last_steps, "history": history, "seed": self.config.seed}
-        return state | {"index": self.config.index.digest, "order": self.order_digest(self.history)}
+        history = [division for division in self.history if division.done]
+        state = {"epoch": self.epoch, "steps": self.last_steps, "history": list(map(list, history))}
+        state |= {"index": self.config.index.digest, "seed": self.config.seed, "order": self.order_digest(history)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. TrainError if it is within an epoch of another index, seed or order."""
@@ -1366,10 +1361,9 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
     def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "fit":
-            self.validation_due = True
-            trainer.save_checkpoint(self.path)
-            self.validation_due = False
+        self.validation_due = True
+        trainer.save_checkpoint(self.path)
+        self.validation_due = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
@@ -1411,10 +1405,6 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
-    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "validate":  # without training
-            self.on_train_start(trainer)
-
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
         while os.read(signals, 1) != bytes([signal.SIGTERM]):
@@ -1424,9 +1414,9 @@ class SigtermHandler(pl.Callback):
             step = self.steps
             if self.ended.wait(SIGTERM_TIMEOUT):
                 return
-        resume = f"--resume continues from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        error = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}"
-        print(f"imagenet_train.py: {error}", file=sys.stderr, flush=True)
+        exists = self.checkpoint.exists()
+        resume = f"--resume continues from {self.checkpoint}" if exists else "there is no checkpoint yet"
+        warn(f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}")
         self.on_exception(trainer, None, TimeoutError())
         os._exit(128 + signal.SIGTERM)
 
@@ -1443,6 +1433,7 @@ class SigtermHandler(pl.Callback):
             requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
         # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
         if requested and (trainer.validating or trainer.datamodule.loader.done):
+            trainer.strategy.barrier()  # the store may be in rank 0's process, which must not end before all have read
             raise SIGTERMException
 
     on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync
@@ -1705,7 +1696,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="machines; torchrun sets it")
     add("--precision", metavar="NAME", help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
     add("--max-epochs", metavar="N", type=count, help="epochs to train")
-    add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after N steps; -1: no limit")
+    add("--max-steps", metavar="N", type=number(int, -1), default=-1,
+        help="stop after N steps; -1: no limit. The learning rate follows --max-epochs")
     add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
 
     add = parser.add_argument_group("output").add_argument
@@ -1926,7 +1918,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
     folder, show = version_folder(args.output, None), rank_zero_only(print)
-    callbacks = [ProgressBar(), SigtermHandler(folder / "last.ckpt")]
+    callbacks = [ProgressBar()]
     trainer = make_trainer(args, folder, callbacks=callbacks, enable_checkpointing=False)
     [config] = make_configs(args, [index], trainer)
     model = make_model(args, index, index.total, weights)
@@ -1994,10 +1986,14 @@ def main(argv: list[str] | None = None) -> int:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     except (RuntimeError, MemoryError) as error:
         cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+        if cpu or isinstance(error, torch.OutOfMemoryError):
+            memory = "this machine" if cpu else "the device"
+            message = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one"
+        elif isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
+            message = "another rank ended; its message says why"
+        else:
             raise
-        memory = "this machine" if cpu else "the device"
-        message, status = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one", 1
+        status = 1
     except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:  # Lightning makes the third of the second
         sigterm, newest = isinstance(error, SIGTERMException), newest_checkpoint(args.output)
         message = f"--resume continues from {newest}" if newest else "there is no checkpoint yet"

@@ -267,6 +267,19 @@ def test_an_epoch_is_resumed_with_other_settings_or_another_kind_of_source(uniqu
     assert TRAIN_IMAGES - len(used) < after.world * after.batch
 
 
+def test_a_checkpoint_before_the_first_batch_of_the_new_settings(unique):
+    """Resumed with other settings, and stopped again before a batch was used."""
+    loader = Loader(train_config(unique))
+    first = next(iter(loader))[1].tolist()
+    resumed = Loader(train_config(unique, batch=3))
+    resumed.load_state_dict(loader.state_dict())
+    again = Loader(train_config(unique, batch=2))
+    again.load_state_dict(resumed.state_dict())
+    assert again.done == 1 and len(again.history) == 2
+    used = first + sum(labels_of(again), [])
+    assert len(used) == len(set(used)) == 4 + 21 * 2
+
+
 def test_a_rest_that_is_shorter_than_a_global_batch_makes_one_step(unique):
     """47 images, 2 batches of 20 done: 7 are left for two ranks of 20."""
     loader = Loader(train_config(unique, batch=20))

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reading import NAME, expected, found, read_shard
 
-import imagenet_train as script
 from imagenet_train import PermanentError, TrainError, locate, printable, read_index
 
 

@@ -69,7 +69,9 @@ def traffic(index: Index, division: Division) -> float:
         if division.seekable:
             fetched += sum(block.length for block in blocks)
         else:
-            fetched += sum(max(b.offset + b.length for b in shard) for _, shard in itertools.groupby(blocks, lambda b: b.shard))
+            fetched += sum(
+                max(b.offset + b.length for b in shard) for _, shard in itertools.groupby(blocks, lambda b: b.shard)
+            )
     return fetched / (index.total * IMAGE)
 
 
@@ -104,7 +106,10 @@ def main() -> None:
     print("\ntime of one reader's plan, CPU-seconds\n| readers | fresh | resumed with other settings |\n|---|---|---|")
     for world, workers in ((1, 1), (1, 8), (8, 8), (128, 8)):
         division = Division(True, world, workers, 256, 2000)
-        print(f"| {world * workers:,} | {seconds(index, division):.2f} | {seconds(index, half, division):.2f} |", flush=True)
+        print(
+            f"| {world * workers:,} | {seconds(index, division):.2f} | {seconds(index, half, division):.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

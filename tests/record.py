@@ -49,7 +49,7 @@ class Diary(pl.Callback):
         with open(folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
             print(json.dumps(line), file=file)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module, batch: list, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, number: int) -> None:
         if trainer.global_step == int(os.environ.get("DIE_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
         self.terminate(trainer, str(trainer.global_step))
@@ -61,7 +61,7 @@ class Diary(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         time.sleep(float(os.environ.get("LINGER", 0)) * trainer.is_global_zero)
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, module, batch: list, *args) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, *numbers) -> None:
         self.write(trainer, "val", batch)
         self.terminate(trainer, "val")
         if trainer.current_epoch == int(os.environ.get("DIE_IN_VALIDATION", -1)):

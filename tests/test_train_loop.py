@@ -160,7 +160,7 @@ def test_rows_without_a_label_do_not_count_in_the_loss():
 
 
 def test_two_ranks_validate_the_model_that_is_saved(unique, tmp_path, monkeypatch):
-    """The weights of last.ckpt and rank 0's batch-norm statistics: both ranks have them; the loss is theirs."""
+    """Its weights and rank 0's batch-norm statistics: both ranks have them, and the printed loss is theirs."""
 
     def note(self, trainer: pl.Trainer, module: script.Classifier, *args) -> None:
         with open(tmp_path / f"buffers-{trainer.global_rank}", "a") as file:

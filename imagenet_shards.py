@@ -295,22 +295,21 @@ def check_stop() -> None:
         raise KeyboardInterrupt
 
 
-def end_worker() -> None:
-    """End this worker process and its command at once."""
-    for group in list(commands):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-    os._exit(1)
-
-
 def start_worker(shared: Any) -> None:
-    """Initialize a worker process, which leaves ^C to the main process, and ends when that is killed."""
+    """Initialize a worker, which leaves ^C to the main process and ends, with its command, when that is killed."""
     global stop
     stop = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: end_worker())
     parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait_for_any([parent]), end_worker()), daemon=True).start()
+
+    def watch() -> None:
+        wait_for_any([parent])
+        for group in list(commands):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:

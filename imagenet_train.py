@@ -1642,13 +1642,8 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        description="Train a torchvision model on ImageNet from WebDataset shards.", formatter_class=Help,
-        allow_abbrev=False,
-    )
-    count, whole, pixels, real = number(int, 1), number(int, 0), number(int, 16, 4096), number(float, 0)
-
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    count, whole, pixels = number(int, 1), number(int, 0), number(int, 16, 4096)
     data = parser.add_argument_group("data")
     add = data.add_mutually_exclusive_group().add_argument
     add("--shards", "--base", metavar="PREFIX", default="./data",
@@ -1674,6 +1669,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--preview", metavar="FILE.png", type=Path,
         help="draw the first training batch, each image beside what the model sees, and exit")
 
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    count, whole, real = number(int, 1), number(int, 0), number(float, 0)
     add = parser.add_argument_group("model and recipe").add_argument
     add("--recipe", choices=RECIPES, default="90",
         help="defaults of epochs, rates and sizes: 90 epochs, NVIDIA's for ResNet-50 v1.5, or 16, after FFCV's")
@@ -1708,6 +1706,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", metavar="PATH", nargs="?", const="",
         help="continue from a checkpoint or version folder; without PATH from the newest last.ckpt in --output, if any")
 
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        description="Train a torchvision model on ImageNet from WebDataset shards.", formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add_data_flags(parser)
+    add_training_flags(parser)
     parser.set_defaults(**RECIPES["90"])  # for --help
     parser.set_defaults(**RECIPES[parser.parse_all(argv).recipe])
     args = parser.parse_all(argv)

@@ -59,7 +59,7 @@ def steps_made(folder: Path) -> dict[int, list[int]]:
 
 
 def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path, monkeypatch):
-    """11 steps an epoch, 2 epochs: SIGKILL within the first, at the seam, and within the second; no step is made twice."""
+    """Of 2 epochs of 11 steps: SIGKILL within the first, between them, and within the second; no step is made twice."""
     flags = [f"--shards={unique}", "--max-epochs=2", "--checkpoint-every=1", "--resume"]
     whole = start(tmp_path / "whole", *flags)
     whole.join()

@@ -163,7 +163,7 @@ def test_an_error_in_a_worker_is_one_line(unique, tmp_path, workers):
 
 @pytest.fixture
 def blank(tree, tmp_path) -> Path:
-    """The tree's shards, with the bytes of 3 training images and of 1 validation image lost before the index was made."""
+    """Shards of the tree, in which the bytes of 3 training images and of 1 validation image are lost."""
     from conftest import convert
 
     copy = shutil.copytree(tree, tmp_path / "tree")

@@ -89,7 +89,7 @@ def test_every_sample_is_used_by_one_reader(layout, training, epoch, division):
     st.integers(1, 2_000_000), st.booleans(), st.integers(1, 1024), st.integers(0, 16), st.integers(1, 512), st.data()
 )
 def test_readers_adjoin_on_the_line_at_any_scale(left, training, world, workers, batch, data):
-    """A rank owns one run of the line, its workers runs of that, each of whole batches; ranks have equal numbers of steps."""
+    """A rank owns one run of the line, its workers runs of that, each of whole batches; ranks make equal steps."""
     division, rank = Division(True, world, max(1, workers), batch, 0), data.draw(st.integers(0, world - 1))
     steps = steps_of(left, training, world, batch)
     full = training and left >= world * batch
@@ -182,7 +182,7 @@ def test_the_shuffle_is_webdatasets():
 @settings(max_examples=300, deadline=None)
 @given(LAYOUTS, st.lists(divisions(), min_size=1, max_size=5), st.integers(0, 3), st.data())
 def test_a_run_that_is_resumed_with_other_settings_uses_no_sample_twice(layout, settings_list, epoch, data):
-    """Up to four changes within an epoch: equal steps on all ranks, at each change fewer than ranks x batch left out."""
+    """Up to four changes within an epoch: equal steps on all ranks; fewer than ranks x batch are left out."""
     index = index_of(layout)
     history, used = [], []
     for division in settings_list:

@@ -148,15 +148,20 @@ def test_weights_that_do_not_fit_are_one_line(shards, tmp_path, capsys):
 
 
 class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple:
-        return (open, ("/tmp/imagenet_train_was_here", "w"))
+        return open, (str(self.path), "w")
 
 
 def test_weights_run_no_code(tmp_path):
-    torch.save({"fc.weight": Evil()}, tmp_path / "evil.pt")
+    torch.save({"fc.weight": Evil(tmp_path / "created")}, tmp_path / "evil.pt")
     with pytest.raises(script.TrainError, match="not a file of weights"):
         script.read_weights("resnet18", str(tmp_path / "evil.pt"))
-    assert not Path("/tmp/imagenet_train_was_here").exists()
+    assert not (tmp_path / "created").exists()
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path, shards, capsys):

@@ -3,7 +3,7 @@
     python tests/benchmarks/order.py
     python tests/benchmarks/order.py --blocks=16,64,256 --buffers=2000,4000
 
-Out: three tables. No data is read: the order is a function of the index, which is made here, 147 shards of 8,716 samples.
+Out: three tables. No data is read: the order is a function of the index, which is made here, of 147 shards.
 
 Shuffle: how many times likelier than under a full shuffle two samples of one batch are in one batch of the next epoch
 again, for 8 ranks × 8 workers of 256 images. 1 is a full shuffle.

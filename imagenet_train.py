@@ -647,7 +647,7 @@ def fetch(source: Folder | Web | Command, index: Index, block: Block) -> bytes:
             problem = f"found {len(data)} of {block.length} bytes, {describe(data)}"
         if isinstance(source, Folder):
             raise PermanentError(f"{problem}; copy or convert the shard again")
-        raise TrainError(problem)
+        raise (PermanentError if PERMANENT.search(problem) else TrainError)(problem)  # a page may say 404
 
 
 def fetch_cached(read: Callable[[], bytes], config: LoaderConfig, block: Block, disk_full: Event) -> bytes:

@@ -809,7 +809,7 @@ def shorten_jpeg(data: bytes, bottom: int) -> bytes:
     return data
 
 
-def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
+def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 [H, W, 3] → uint8 [size, size, 3], within 2 levels of Pillow's bilinear filter, in half of its time."""
     # Torch resizes bytes without repacking them, and keeps them so, if the strides, the batch's too, say channels_last.
     batch = pixels[None].permute(0, 3, 1, 2)
@@ -846,7 +846,7 @@ def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[to
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
         pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
         if config.training:
-            pixels = resize(pixels, size)
+            pixels = resize_pixels(pixels, size)
             pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
         return pixels, label
     except Exception as error:  # Pillow raises many kinds on bad bytes
@@ -1595,7 +1595,7 @@ class Results(pl.Callback):
 # ---------------------------------------------------------------- command line
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def bounded(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number of this kind within [low, high]."""
 
     def parse(text: str):
@@ -1647,7 +1647,7 @@ RECIPES: dict[str, dict[str, float]] = {
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    count, whole, pixels = number(int, 1), number(int, 0), number(int, 16, 4096)
+    count, whole, pixels = bounded(int, 1), bounded(int, 0), bounded(int, 16, 4096)
     data = parser.add_argument_group("data")
     add = data.add_mutually_exclusive_group().add_argument
     add("--shards", "--base", metavar="PREFIX", default="./data",
@@ -1665,17 +1665,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--shuffle", metavar="N", type=whole, default=2000, help="samples in a worker's shuffle buffer, 110 KB each")
     add("--cache", metavar="DIR", type=Path, help="folder on a local disk for the blocks that are read (default: none)")
     add("--retries", metavar="N", type=whole, default=5, help="retries of a failed read, with exponential back-off")
-    add("--timeout", metavar="S", type=number(float, 0.1), default=60, help="seconds without a byte until a read fails")
+    add("--timeout", metavar="S", type=bounded(float, 0.1), default=60,
+        help="seconds without a byte until a read fails")
     add("--max-bad", metavar="N", type=whole, default=100,
         help="undecodable training images per rank and epoch that are reported and left out; more are an error")
-    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
+    add("--seed", metavar="N", type=bounded(int, 0, 2**32 - 1), default=0,
         help="determines initial weights, order, crops and flips")
     add("--preview", metavar="FILE.png", type=Path,
         help="draw the first training batch, each image beside what the model sees, and exit")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    count, whole, real = number(int, 1), number(int, 0), number(float, 0)
+    count, whole, real = bounded(int, 1), bounded(int, 0), bounded(float, 0)
     add = parser.add_argument_group("model and recipe").add_argument
     add("--recipe", choices=RECIPES, default="90",
         help="defaults of epochs, rates and sizes: 90 epochs, NVIDIA's for ResNet-50 v1.5, or 16, after FFCV's")
@@ -1687,9 +1688,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--evaluate", action="store_true",
         help="only validate --weights or --resume, for a NAME with torchvision's resize and crop unless given")
     add("--lr", metavar="X", type=real, help="peak learning rate for a global batch of 256; scaled with the actual one")
-    add("--momentum", metavar="X", type=number(float, 0, 1), help="momentum of SGD")
+    add("--momentum", metavar="X", type=bounded(float, 0, 1), help="momentum of SGD")
     add("--weight-decay", metavar="X", type=real, help="not applied to norms and biases (default: 1/32768)")
-    add("--label-smoothing", metavar="X", type=number(float, 0, 1), help="share of the target spread over all classes")
+    add("--label-smoothing", metavar="X", type=bounded(float, 0, 1), help="share of the target spread over all classes")
     add("--warmup-epochs", metavar="X", type=real, help="epochs of linear warm-up, at most half of the run")
     add("--compile", action="store_true", help="compile the model with torch.compile")
 
@@ -1700,7 +1701,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="machines; torchrun sets it")
     add("--precision", metavar="NAME", help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
     add("--max-epochs", metavar="N", type=count, help="epochs to train")
-    add("--max-steps", metavar="N", type=number(int, -1), default=-1,
+    add("--max-steps", metavar="N", type=bounded(int, -1), default=-1,
         help="stop after N steps; -1: no limit. The learning rate follows --max-epochs")
     add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
 
@@ -1940,7 +1941,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"{folder}: metrics.json")
 
 
-def train(args: argparse.Namespace) -> None:
+def run_training(args: argparse.Namespace) -> None:
     """Train, from the start or from the checkpoint of --resume, in a version folder. Cheap checks come first."""
     indexes = read_indexes(args, ("train", "val"))
     index, val = indexes
@@ -1982,7 +1983,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     warnings.filterwarnings("ignore", f".*({ignored}).*")  # Lightning's, of things that are meant so here
     try:
-        evaluate(args) if args.evaluate else train(args)
+        evaluate(args) if args.evaluate else run_training(args)
         return 0
     except TrainError as error:
         message, status = str(error), 1

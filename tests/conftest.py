@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 # Before PyTorch comes: tests run on a core each, and OpenMP's threads would not outlive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS / "helpers"), str(TESTS.parent)]
 
 from standin import make_tree  # noqa: E402
 
@@ -57,6 +59,12 @@ def tree(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("standin") / "imagenet"
     make_tree(root, train=6, val=3)
     return root
+
+
+@pytest.fixture
+def copy(tree, tmp_path) -> Path:
+    """A copy of the tree, to be changed."""
+    return shutil.copytree(tree, tmp_path / "imagenet")
 
 
 @pytest.fixture(scope="session")

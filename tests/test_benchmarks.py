@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import BATCH, SMALL
+from training import BATCH, SMALL
 
 import imagenet_train as script
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import places
 import pytest
 from PIL import Image
-from test_train import SMALL
+from training import SMALL
 
 TOP = Path(__file__).parent.parent
 COMMANDS = [
@@ -29,14 +29,14 @@ ELSEWHERE = {
     'docker run --rm -p 8080:80 -v "$PWD/data:/usr/share/nginx/html:ro" nginx':
     "needs a container engine and its registry; below, an nginx without a container serves the same folder",
     "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=first-host:29500 imagenet_train.py "
-    "--shards=./data": "needs two machines; test_cluster runs torchrun on two hosts",
+    "--shards=./data": "needs two machines; test_run_cluster runs torchrun on two hosts",
     "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python imagenet_train.py --shards=./data --num-nodes=2 "
     "--devices=8": "needs Slurm and 16 GPUs",
-    "./run build": "test_container does it, where a container engine answers",
-    "./run imagenet_shards.py": "test_container does it, where a container engine answers",
-    "./run imagenet_train.py": "test_container does it, where a container engine answers",
+    "./run build": "test_run_container does it, where a container engine answers",
+    "./run imagenet_shards.py": "test_run_container does it, where a container engine answers",
+    "./run imagenet_train.py": "test_run_container does it, where a container engine answers",
     "image=registry/imagenet shards='pipe:gsutil cat gs://bucket/%s' envsubst < ./train.yml | kubectl apply -f -":
-    "needs a cluster; test_cluster runs what it makes",
+    "needs a cluster; test_run_cluster runs what it makes",
 }
 HERE = [command for command in COMMANDS if command not in ELSEWHERE]
 PARTS = [command for command in HERE if "--part=" in command or "--index-only" in command]  # executed together

@@ -21,9 +21,9 @@ from pathlib import Path
 import PIL
 import pytest
 from conftest import convert, forked
+from faults import small_disk
 from PIL import Image
-from test_shards import everything
-from test_targets import storing
+from sharding import everything, storing
 
 import imagenet_shards as script
 
@@ -421,3 +421,34 @@ def test_a_mistyped_flag_names_the_nearest_one(capsys, flag, nearest):
         script.main([flag])
     assert stop.value.code == 2
     assert f"unrecognized arguments: {flag}; did you mean {nearest}?" in capsys.readouterr().err
+
+
+def test_disk_full_while_sharding(tree, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    small_disk(disk, "size=300k")
+    try:
+        assert convert(tree, disk, "--maxcount=7") == 1
+        error = capsys.readouterr().err
+        assert "No space left on device" in error and error.count("\n") == 1
+        assert not list(disk.glob("*.tmp*"))
+        assert "not-finished" in (disk / "imagenet-train.json").read_text()
+        assert os.system(f"mount -o remount,size=50m '{disk}'") == 0
+        assert convert(tree, disk, "--maxcount=7") == 0
+        assert convert(tree, tmp_path / "whole", "--maxcount=7") == 0
+        assert everything(disk) == everything(tmp_path / "whole")
+    finally:
+        os.system(f"umount '{disk}'")
+
+
+def test_ctrl_c_is_one_line(tree, tmp_path):
+    """A real SIGINT to the whole foreground group, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, f"--imagenet={tree}", f"--shards={tmp_path}", "--maxcount=1", "--workers=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
+    )
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.startswith("imagenet_shards.py: interrupted") and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.tmp*"))

@@ -12,7 +12,7 @@ import torchvision
 import webdataset as wds
 from conftest import convert
 from PIL import Image
-from test_shards import copy, samples  # noqa: F401 - a fixture
+from sharding import samples
 
 import imagenet_shards as script
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import faults
 import pytest
 from conftest import VAL_IMAGES
+from faults import damaged, small_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reading import NAME, expected, found, read_shard
-from test_train_sources import damaged
 
 import imagenet_train as script
 
@@ -156,12 +156,6 @@ def test_a_failed_or_wrong_download_is_not_kept(blocks, tmp_path):
             with pytest.raises(script.TrainError):
                 list(read_shard(index, cache=tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def small_disk(folder: Path, *options: str) -> None:
-    folder.mkdir(exist_ok=True)
-    if os.geteuid() or os.system(f"mount -t tmpfs -o {','.join(options)} none '{folder}'"):
-        pytest.skip("needs the right to mount a small tmpfs")
 
 
 @pytest.mark.parametrize("options", [["size=32k"], ["size=32k", "ro"]])

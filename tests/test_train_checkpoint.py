@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import small_disk
 from ranks import assert_same_weights, checkpoint, exit_codes, log, run, start, steps
-from test_train import SMALL
-from test_train_blocks import small_disk
+from training import SMALL
 
 import imagenet_train as script
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from standin import make_tree
-from test_train import SMALL, record
+from training import SMALL, record
 
 import imagenet_train as script
 

@@ -10,7 +10,16 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 
-from imagenet_train import Index, LoaderConfig, TrainError, center_crop, decode, random_crop, resize, shorten_jpeg
+from imagenet_train import (
+    Index,
+    LoaderConfig,
+    TrainError,
+    center_crop,
+    decode,
+    random_crop,
+    resize_pixels,
+    shorten_jpeg,
+)
 
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 
@@ -116,7 +125,7 @@ def test_a_cut_jpeg_is_decoded_whole(end):
 
 def test_a_scaled_crop_is_contiguous():
     """If torch did not see that it is channels_last, to resize and to stack it would take twice the time."""
-    assert resize(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
+    assert resize_pixels(torch.zeros(200, 300, 3, dtype=torch.uint8)[10:150, 20:220], 64).is_contiguous()
 
 
 ODD = {

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TRAIN_IMAGES, VAL_IMAGES, forked
 from ranks import assert_same_weights, checkpoint, log, run
-from test_train import BATCH, SMALL, record
+from training import BATCH, SMALL, record
 
 import imagenet_train as script
 

@@ -12,7 +12,7 @@ import matplotlib.figure
 import numpy
 import pytest
 from PIL import Image
-from test_train import SMALL
+from training import SMALL
 
 import imagenet_train as script
 

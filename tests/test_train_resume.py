@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TRAIN_IMAGES, VAL_IMAGES
-from test_kills import start
-from test_train import BATCH, record
+from training import BATCH, record, start
 
 import imagenet_train as script
 

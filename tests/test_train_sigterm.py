@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import VAL_IMAGES
 from ranks import assert_same_weights, checkpoint, exit_codes, log, run, start, steps, wait_for
-from test_train import HERE, SMALL
+from training import HERE, SMALL
 
 import imagenet_train as script
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import faults
 import places
 import pytest
+from faults import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reading import NAME, expected, found, read_shard
@@ -224,22 +225,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=8),
     max_leaves=12,
 )
-
-
-@st.composite
-def damaged(draw, data: bytes) -> bytes:
-    """These bytes after up to five changes of a kind that disks and networks make."""
-    data = bytearray(data)
-    for _ in range(draw(st.integers(0, 5))):
-        where = draw(st.integers(0, max(0, len(data) - 1)))
-        match draw(st.integers(0, 2)):
-            case 0:
-                data[where : where + 1] = draw(st.binary(min_size=1, max_size=1))
-            case 1:
-                del data[where:]
-            case 2:
-                data[where:where] = draw(st.binary(max_size=600))
-    return bytes(data)
 
 
 @FUZZ

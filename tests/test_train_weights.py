@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from test_train import SMALL, record
+from training import SMALL, record
 
 import imagenet_train as script
 

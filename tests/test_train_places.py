@@ -10,7 +10,7 @@ from pathlib import Path
 import places
 import pytest
 from conftest import convert
-from test_train import SMALL, train
+from training import SMALL, train
 
 import imagenet_shards
 

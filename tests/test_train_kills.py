@@ -1,61 +1,18 @@
 """Runs that are killed, at random moments and by request, and go on as if they had not been."""
 
-import json
-import multiprocessing
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import faults
-import pytest
 import torch
-from conftest import TRAIN_IMAGES, VAL_IMAGES, convert, forked
-from test_shards import everything
-from test_train import BATCH, HERE, SMALL, diary, record
-from test_train_blocks import small_disk
-
-import imagenet_train as script
+from conftest import TRAIN_IMAGES, VAL_IMAGES
+from ranks import steps as steps_made
+from ranks import wait_for
+from training import BATCH, diary, record, start, weights
 
 STEPS = TRAIN_IMAGES // BATCH
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(script.newest_checkpoint(folder / "out"), weights_only=True)["state_dict"]
-
-
-def run_apart(folder: Path, flags: list[str]) -> None:
-    """In a process of its own: the script with a diary. What it prints goes to folder/log."""
-    forked()
-    os.environ |= {"RECORD": str(folder)}
-    with open(folder / "log", "a", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        import record as recorder
-
-        recorder.folder = folder
-        os._exit(script.main([*SMALL, "--workers=2", f"--output={folder}/out", *flags]))
-
-
-def start(folder: Path, *flags: str) -> multiprocessing.Process:
-    """The script in a forked process, which saves the seconds of importing PyTorch."""
-    folder.mkdir(exist_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=run_apart, args=(folder, list(flags)))
-    process.start()
-    return process
-
-
-def steps_made(folder: Path) -> dict[int, list[int]]:
-    """Step → labels of its batch. A step that was made again after a kill must have got the same batch."""
-    made: dict[int, list[int]] = {}
-    for line in (folder / "rank-0.jsonl").read_text().splitlines():
-        if line.endswith("]"):  # a kill may cut the last one
-            _, step, kind, labels = json.loads(line)
-            assert kind != "train" or made.setdefault(step, labels) == labels
-    return made
 
 
 def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path, monkeypatch):
@@ -99,14 +56,6 @@ def test_sigkill_at_twenty_random_moments(unique, tmp_path):
     assert steps_made(folder) == steps_made(tmp_path / "whole") and len(steps_made(folder)) == 3 * STEPS
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(folder)[name]), name
-
-
-def wait_for(path: Path, pattern: str) -> None:
-    for _ in range(6000):
-        if path.exists() and re.search(pattern, path.read_text()):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{pattern!r} never came in {path}")
 
 
 def test_killed_in_validation_it_validates_again(unique, tmp_path):
@@ -167,33 +116,3 @@ def test_ranks_that_would_go_on_from_different_places_are_refused(unique, tmp_pa
     assert run.returncode != 0 and "is --output a folder that all machines share?" in run.stderr
 
 
-def test_disk_full_while_sharding(tree, tmp_path, capsys):
-    disk = tmp_path / "disk"
-    small_disk(disk, "size=300k")
-    try:
-        assert convert(tree, disk, "--maxcount=7") == 1
-        error = capsys.readouterr().err
-        assert "No space left on device" in error and error.count("\n") == 1
-        assert not list(disk.glob("*.tmp*"))
-        assert "not-finished" in (disk / "imagenet-train.json").read_text()
-        assert os.system(f"mount -o remount,size=50m '{disk}'") == 0
-        assert convert(tree, disk, "--maxcount=7") == 0
-        assert convert(tree, tmp_path / "whole", "--maxcount=7") == 0
-        assert everything(disk) == everything(tmp_path / "whole")
-    finally:
-        os.system(f"umount '{disk}'")
-
-
-def test_ctrl_c_is_one_line(tree, tmp_path):
-    """A real SIGINT to the whole foreground group, as a terminal sends it."""
-    script_path = HERE.parent / "imagenet_shards.py"
-    process = subprocess.Popen(
-        [sys.executable, script_path, f"--imagenet={tree}", f"--shards={tmp_path}", "--maxcount=1", "--workers=2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
-    )
-    process.stdout.readline()
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and error.startswith("imagenet_shards.py: interrupted") and error.count("\n") == 1
-    assert not list(tmp_path.glob("*.tmp*"))

@@ -16,33 +16,9 @@ import torchvision
 import webdataset as wds
 from conftest import convert
 from PIL import Image
+from sharding import everything, samples
 
 import imagenet_shards as script
-
-
-def samples(folder: Path, split: str) -> list[tuple[str, int, bytes]]:
-    """(key, label, image bytes) in the order of the shards, read with Python's tarfile; each key's members adjacent."""
-    found = []
-    for shard in sorted(folder.glob(f"imagenet-{split}-*.tar")):
-        with tarfile.open(shard, "r:") as tar:
-            members = [(m.name, tar.extractfile(m).read()) for m in tar]
-        for (cls_name, cls), (jpg_name, jpg) in zip(members[::2], members[1::2], strict=True):
-            key = cls_name.removesuffix(".cls")
-            assert (cls_name, jpg_name) == (f"{key}.cls", f"{key}.jpg")
-            found.append((key, int(cls), jpg))
-    return found
-
-
-def everything(folder: Path) -> dict[str, str]:
-    """Name → SHA-256 of every file in a folder, apart from the records of finished shards."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def copy(tree, tmp_path) -> Path:
-    """A copy of the tree, to be changed."""
-    return shutil.copytree(tree, tmp_path / "imagenet")
-
 
 # ---------------------------------------------------------------- the result
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forked
-from test_train import SMALL
+from training import SMALL
 
 import imagenet_train as script
 

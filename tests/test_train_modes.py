@@ -1,7 +1,7 @@
 """imagenet_train.py's other ways: from the raw files, and with growing images."""
 
 import pytest
-from test_train import SMALL
+from training import SMALL
 
 import imagenet_train as script
 

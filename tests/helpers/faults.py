@@ -1,6 +1,7 @@
-"""A real HTTP server that fails on demand."""
+"""A real HTTP server that fails on demand, damaged bytes, and a small disk."""
 
 import http.server
+import os
 import re
 import socket
 import struct
@@ -9,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
 
 Fault = Callable[["Handler", bytes], None]
 Place = Callable[[bytes], int]  # a position in the bytes that were asked for
@@ -139,3 +143,25 @@ def fault_server(folder: Path, ranges: bool = True) -> Iterator[http.server.Thre
         yield server
         server.ended.set()
         server.shutdown()
+
+
+def small_disk(folder: Path, *options: str) -> None:
+    folder.mkdir(exist_ok=True)
+    if os.geteuid() or os.system(f"mount -t tmpfs -o {','.join(options)} none '{folder}'"):
+        pytest.skip("needs the right to mount a small tmpfs")
+
+
+@st.composite
+def damaged(draw, data: bytes) -> bytes:
+    """These bytes after up to five changes of a kind that disks and networks make."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(0, 5))):
+        where = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.integers(0, 2)):
+            case 0:
+                data[where : where + 1] = draw(st.binary(min_size=1, max_size=1))
+            case 1:
+                del data[where:]
+            case 2:
+                data[where:where] = draw(st.binary(max_size=600))
+    return bytes(data)

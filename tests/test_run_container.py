@@ -18,8 +18,8 @@ from pathlib import Path
 import faults
 import places
 import pytest
-from test_files import SETTINGS
-from test_train import SMALL
+from manifest import SETTINGS
+from training import SMALL
 
 TOP = Path(__file__).parent.parent
 ENGINE = os.environ.get("engine", "docker")

@@ -1,25 +1,17 @@
 """imagenet_train.py as its users run it: real ranks, real kills, real checkpoints."""
 
 import itertools
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES
+from training import BATCH, diary, record, train
 
 import imagenet_train as script
-
-HERE = Path(__file__).parent
-BATCH = 4
-SMALL = ["--model=shufflenet_v2_x0_5", "--train-size=32", "--val-size=32", "--val-resize=36", f"--batch-size={BATCH}",
-         "--shuffle=5", "--log-every=2", "--accelerator=cpu"]
 
 
 def labels_in_order(shards: Path) -> list[int]:
@@ -29,26 +21,6 @@ def labels_in_order(shards: Path) -> list[int]:
         with tarfile.open(name) as tar:
             found += [int(tar.extractfile(m).read()) for m in tar if m.name.endswith(".cls")]
     return found
-
-
-def diary(folder: Path, rank: int, kind: str, epoch: int | None = None) -> list[list[int]]:
-    """The labels of every batch that a rank got."""
-    lines = map(json.loads, (folder / f"rank-{rank}.jsonl").read_text().splitlines())
-    return [labels for e, _, k, labels in lines if k == kind and epoch in (None, e)]
-
-
-def record(folder: Path, *args: str, ranks: int = 1, workers: str = "2", **env: str) -> subprocess.CompletedProcess:
-    """Run the script under torchrun with a diary; for several numbers of workers one after another."""
-    folder.mkdir(exist_ok=True)
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        args = (*args, f"--devices={ranks}")
-    return subprocess.run(
-        [*launch, HERE / "record.py", *SMALL, *args],
-        env=os.environ | {"RECORD": str(folder), "WORKERS": workers, "OMP_NUM_THREADS": "1"} | env,
-        capture_output=True, text=True, timeout=800,
-    )
 
 
 # ---------------------------------------------------------------- who gets what
@@ -77,10 +49,6 @@ def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ran
 
 
 # ---------------------------------------------------------------- the command line, in this process
-
-
-def train(shards: Path | str, folder: Path, *flags: str) -> int:
-    return script.main([f"--shards={shards}", f"--output={folder}", "--workers=0", "--max-epochs=1", *SMALL, *flags])
 
 
 def test_one_epoch(shards, tmp_path, capsys):

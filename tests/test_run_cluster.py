@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES, forked
+from manifest import command_line, environment, render
 from places import Host, free_port, two_hosts
-from test_files import command_line, environment, render
-from test_train import BATCH, HERE, SMALL, diary
+from training import BATCH, HERE, SMALL, diary
 
 import imagenet_train as script
 

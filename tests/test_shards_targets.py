@@ -13,7 +13,7 @@ import places
 import pytest
 from conftest import convert
 from PIL import Image
-from test_shards import everything, samples
+from sharding import everything, samples, storing
 
 import imagenet_shards
 
@@ -30,12 +30,6 @@ def store(tmp_path) -> Path:
     """What stands for a bucket here: a folder that a command writes to, a file at a time, whole or not at all."""
     (tmp_path / "store").mkdir()
     return tmp_path / "store"
-
-
-def storing(store: Path) -> str:
-    """A command that stores as gsutil does: at the end of its input, under the final name."""
-    quoted = shlex.quote(str(store))
-    return f"cat > {quoted}/part-%s-$$ && mv {quoted}/part-%s-$$ {quoted}/%s && echo %s >> {quoted}.order"
 
 
 # ---------------------------------------------------------------- into a command

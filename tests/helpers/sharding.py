@@ -1,0 +1,30 @@
+"""Reads shards without imagenet_shards.py, and stands for a bucket's command."""
+
+import hashlib
+import shlex
+import tarfile
+from pathlib import Path
+
+
+def samples(folder: Path, split: str) -> list[tuple[str, int, bytes]]:
+    """(key, label, image bytes) in the order of the shards, read with Python's tarfile; each key's members adjacent."""
+    found = []
+    for shard in sorted(folder.glob(f"imagenet-{split}-*.tar")):
+        with tarfile.open(shard, "r:") as tar:
+            members = [(m.name, tar.extractfile(m).read()) for m in tar]
+        for (cls_name, cls), (jpg_name, jpg) in zip(members[::2], members[1::2], strict=True):
+            key = cls_name.removesuffix(".cls")
+            assert (cls_name, jpg_name) == (f"{key}.cls", f"{key}.jpg")
+            found.append((key, int(cls), jpg))
+    return found
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of every file in a folder, apart from the records of finished shards."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def storing(store: Path) -> str:
+    """A command that stores as gsutil does: at the end of its input, under the final name."""
+    quoted = shlex.quote(str(store))
+    return f"cat > {quoted}/part-%s-$$ && mv {quoted}/part-%s-$$ {quoted}/%s && echo %s >> {quoted}.order"

@@ -295,23 +295,18 @@ def check_stop() -> None:
         raise KeyboardInterrupt
 
 
-def kill_commands() -> None:
-    for group in list(commands):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-
-
 def start_worker(shared: Any) -> None:
-    """Initialize a worker process, which leaves ^C to the main process, and ends when that is killed."""
+    """Initialize a worker, which leaves ^C to the main process and ends, with its command, when that is killed."""
     global stop
     stop = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parent = multiprocessing.parent_process().sentinel
 
     def watch() -> None:
         wait_for_any([parent])
-        kill_commands()
+        for group in list(commands):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -569,6 +564,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
         digest = ShardDigest(file)
         # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
         with wds.TarWriter(digest, mtime=0) as tar:
+            tar.tarstream.copybufsize = tar.tarstream.fileobj.bufsize = 1 << 16  # 1.1 times as fast as with 10 KiB
             for image, data in zip(images, read_ahead(plan.root / image.path for image in images)):
                 check_stop()
                 if len(data) != image.size:
@@ -1002,7 +998,7 @@ def main(argv: list[str] | None = None) -> int:
             for split in args.splits:
                 (verify if args.verify else index_only)(args, target, split)
     except (ShardError, OSError) as error:
-        problem = error if isinstance(error, ShardError) else f"{error.filename}: {error.strerror}; fix it and rerun"
+        problem = error if isinstance(error, ShardError) else f"{error.filename or args.shards}: {error.strerror}"
         print(f"imagenet_shards.py: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -160,9 +160,9 @@ class Web:
 
     def __init__(self, prefix: str, timeout: float) -> None:
         self.prefix, self.timeout = prefix, timeout
+        self.ranges = True  # or the server ignored the range of the last read
 
-    def open(self, name: str, offset: int, length: int) -> http.client.HTTPResponse:
-        """The response: status 206, or 200 from a server that ignores ranges. TrainError for any other status."""
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
         url = urllib.parse.urlsplit(locate(self.prefix, name))
         user, _, host = url.netloc.rpartition("@")
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
@@ -170,22 +170,17 @@ class Web:
             headers["Authorization"] = "Basic " + base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request = urllib.request.Request(url._replace(netloc=host).geturl(), headers=headers)
         try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                self.ranges = response.status == 206
+                data = response.read(length)
+                if response.length and len(data) < length == LIMIT:  # an index, which has no checksum
+                    raise TrainError(f"found {len(data)} bytes, {response.length} are missing")
+                return data
         except urllib.error.HTTPError as error:
             permanent = 400 <= error.code < 500 and error.code not in (408, 425, 429)
             raise (PermanentError if permanent else TrainError)(f"HTTP status {error.code} {error.reason}") from None
-        except urllib.error.URLError as error:
-            raise TrainError(reason(error.reason)) from None
-
-    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
-        try:
-            with self.open(name, offset, length) as response:
-                data = response.read(length)
-                if response.length and len(data) < length:  # of those that the server announced
-                    raise TrainError(f"found {len(data)} bytes, {response.length} are missing")
-                return data
-        except (OSError, http.client.HTTPException) as error:
-            raise TrainError(reason(error)) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError with the cause as its reason
+            raise TrainError(reason(getattr(error, "reason", error))) from None
 
 
 # What curl, gsutil, aws, sh and the kernel print when a file does not exist or may not be read.
@@ -418,9 +413,11 @@ def read_file(prefix: str, name: str, timeout: float) -> bytes:
 def readable_prefix(prefix: str, name: str, timeout: float) -> str:
     """The prefix; that of a web server which ignores ranges, tried with ten bytes of a file, as a command."""
     if prefix.startswith(("http://", "https://")):
-        with naming(printable(locate(prefix, name))), Web(prefix, timeout).open(name, 0, 10) as response:
-            if response.status != 206:
-                return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
+        web = Web(prefix, timeout)
+        with naming(printable(locate(prefix, name))):
+            web.read(name, 0, 10)
+        if not web.ranges:
+            return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
     return prefix
 
 
@@ -849,8 +846,7 @@ def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[to
             pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
         return pixels, label
     except Exception as error:  # Pillow raises many kinds on bad bytes
-        problem = reason(error)
-        raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {problem}") from None
+        raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {reason(error)}") from None
 
 
 def decode_all(
@@ -1002,58 +998,57 @@ class Loader:
             self.last_steps, self.history = steps, [self.config.division]
             self.epoch += self.config.training
 
+    def next_batch(self) -> list:
+        """What the loader processes made. TrainError if they failed."""
+        begun = time.perf_counter()
+        try:
+            batch = next(self.batches)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            remedy = "is memory or /dev/shm too small? Use fewer --workers or a smaller --shuffle"
+            raise TrainError(f"a loader process was killed ({error}); {remedy}") from None
+        self.waited += time.perf_counter() - begun
+        if isinstance(batch, TrainError):
+            raise batch
+        return batch
+
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        config, left = self.config, None
-        while left != 0:
-            if self.batches is None:
-                self.batches = iter(DataLoader(
-                    EpochDataset(config, self.epoch, self.history.copy(), self.disk_full), batch_size=None,
-                    num_workers=config.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=end_with_parent,
-                    multiprocessing_context=START_METHOD if config.workers else None,
-                ))
-            if left is None:
-                left = len(self) - self.done
-            if not self.done:
-                self.bad = 0
-            begun = time.perf_counter()
-            try:
-                batch = next(self.batches)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
-                    raise
-                raise TrainError(
-                    f"a loader process was killed ({error}); is memory or /dev/shm too small? "
-                    "Use fewer --workers or a smaller --shuffle"
-                ) from None
-            self.waited += time.perf_counter() - begun
-            if isinstance(batch, TrainError):
-                raise batch
-            *batch, errors = batch
+        config = self.config
+        if self.batches is None:
+            self.batches = iter(DataLoader(
+                EpochDataset(config, self.epoch, self.history.copy(), self.disk_full), batch_size=None,
+                num_workers=config.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=end_with_parent,
+                multiprocessing_context=START_METHOD if config.workers else None,
+            ))
+        if not self.done:
+            self.bad = 0
+        for _ in range(len(self) - self.done):
+            *batch, errors = self.next_batch()
             for error in errors:
-                warn(f"not used: {error}")
+                tqdm.write(f"imagenet_train.py: not used: {error}", file=sys.stderr)  # above a progress bar
             self.bad += len(errors)
             if self.bad > config.max_bad:
                 limit = f"--max-bad={config.max_bad}"
                 raise TrainError(f"{self.bad} undecodable images in an epoch, {limit}; last: {errors[-1]}")
             self.advance()
-            left -= 1
-            if not left and not config.training:
+            if not config.training and not self.done:
                 self.batches = None
             yield batch
 
     def order_digest(self, history: Sequence[Division]) -> str:
         """Of the first reader's order: it changes if a library or this script computes another one."""
-        c = self.config
-        if not history or not history[-1].done:
+        if not history:
             return ""
         history = [*history[:-1], history[-1]._replace(done=0)]
-        order, _ = plan_reader(c.index, True, c.seed, self.epoch, history, 0, 0)
+        order, _ = plan_reader(self.config.index, True, self.config.seed, self.epoch, history, 0, 0)
         return hashlib.sha256(array("q", order).tobytes()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
-        history = [list(division) for division in self.history if division.done]
-        state = {"epoch": self.epoch, "steps": self.last_steps, "history": history, "seed": self.config.seed}
-        return state | {"index": self.config.index.digest, "order": self.order_digest(self.history)}
+        history = [division for division in self.history if division.done]
+        state = {"epoch": self.epoch, "steps": self.last_steps, "history": list(map(list, history))}
+        state |= {"index": self.config.index.digest, "seed": self.config.seed, "order": self.order_digest(history)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. TrainError if it is within an epoch of another index, seed or order."""
@@ -1171,61 +1166,44 @@ def named_weights(model: str, weights: str | None) -> torchvision.models.Weights
     return torchvision.models.get_model_weights(model).__members__.get(weights)
 
 
-def preprocessing_note(model: str, weights: str) -> str:
-    """What torchvision's preprocessing for these weights does otherwise than this script; empty if nothing."""
-    named = named_weights(model, weights)
-    transforms = named and named.transforms()
-    if not named or (transforms.interpolation.value == "bilinear" and tuple(transforms.mean) == MEAN):
-        return ""
-    return (
-        f"{weights}: published with {transforms.interpolation.value} resizing and mean {transforms.mean}, evaluated here "
-        f"with bilinear and {list(MEAN)}; the accuracy will differ slightly"
-    )
-
-
 def read_weights(model: str, weights: str) -> dict[str, torch.Tensor]:
     """The state dict that --weights names: torchvision's weights of this model, or a file. Raises TrainError."""
     named = named_weights(model, weights)
     if named and model in ("googlenet", "inception_v3"):
-        raise TrainError(f"--weights={weights}: {model}'s published weights expect inputs of another normalisation; give a file")
-    try:
+        raise TrainError(f"--weights={weights}: {model}'s published weights expect inputs of another normalisation")
+    try:  # weights_only: no code in the file is run
         if named:
             state = named.get_state_dict(progress=rank_zero_only.rank == 0, check_hash=True, weights_only=True)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)  # weights_only: no code in it is run
-    except FileNotFoundError:
-        names = ", ".join(torchvision.models.get_model_weights(model).__members__)
-        raise TrainError(f"--weights={weights}: no such file; for {model} give a file or one of {names}") from None
+            state = torch.load(weights, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise TrainError(f"--weights={weights}: {error}") from None
+        names = ", ".join(torchvision.models.get_model_weights(model).__members__)
+        problem = f"{error.strerror or error}; for {model} give a file or one of {names}"
+        raise TrainError(f"--weights={weights}: {problem}") from None
     except Exception as error:  # of many kinds: pickle's, zip's
         raise TrainError(f"--weights={weights}: not a file of weights ({type(error).__name__})") from None
     for key in ("state_dict", "model"):  # checkpoints: of this script and of others, of torchvision's references
         state = state.get(key, state) if isinstance(state, dict) else {}
     state = {key.removeprefix("module.").removeprefix("model."): value for key, value in state.items()}
     # torchvision's DenseNet files have older names: norm.1 for norm1.
-    return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d\.)", r"\1", key): value for key, value in state.items()}
+    return {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d\.)", r"\1", key): state[key] for key in state}
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], classes: int) -> list[str]:
-    """Copy the weights into the model. Return the names of its last layer's tensors if they are for other classes.
+    """Copy the weights into the model. ValueError if they do not fit.
 
-    Those keep their random values. ValueError if anything else does not fit.
+    If they are for another number of classes, the last layer keeps its random values: returns the names of its tensors.
     """
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.lower().startswith("aux")}
-    new_layer = [
-        key for key, value in own.items()
-        if key in state and value.ndim and len(value) == classes != len(state[key]) and value.shape[1:] == state[key].shape[1:]
-    ]
+    differ = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    last = {key for key in differ if len(own[key]) == classes and own[key].shape[1:] == state[key].shape[1:]}
     counters = {key for key in own if key.endswith("num_batches_tracked")}  # missing in files of PyTorch 0.4 and before
-    mismatches = (own.keys() - counters) ^ (state.keys() - counters)
-    mismatches |= {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape} - set(new_layer)
-    if mismatches:
+    if mismatches := (differ - last) | ((own.keys() ^ state.keys()) - counters):
         raise ValueError(f"{len(mismatches)} tensors do not fit, such as {min(mismatches)}")
-    for key in own.keys() & state.keys() - set(new_layer):
-        own[key].copy_(state[key])  # not load_state_dict(): some models' methods want the version that a file may lack
-    return new_layer
+    for key in (own.keys() & state.keys()) - last:
+        own[key].copy_(state[key])  # not load_state_dict(): some models want a version that a file may lack
+    return sorted(last)
 
 
 class Classifier(pl.LightningModule):
@@ -1328,7 +1306,8 @@ class Classifier(pl.LightningModule):
         result = {"val_loss": self.loss.compute(), **self.accuracy.compute()}
         self.log_dict(result | {"epoch": self.current_epoch + 1.0}, sync_dist=True)  # equal on all ranks already
         top1, top5 = (100 * float(result[f"val_top{k}"]) for k in (1, 5))
-        position = f" (epoch {self.current_epoch + 1}, step {self.global_step})" if self.trainer.state.fn == "fit" else ""
+        fitting = self.trainer.state.fn == "fit"
+        position = f" (epoch {self.current_epoch + 1}, step {self.global_step})" if fitting else ""
         self.print(
             f"validated {seen}/{wanted} images: top-1 {top1:.2f} %, top-5 {top5:.2f} %, "
             f"loss {float(result['val_loss']):.4f}{position}"
@@ -1382,10 +1361,9 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
     def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "fit":
-            self.validation_due = True
-            trainer.save_checkpoint(self.path)
-            self.validation_due = False
+        self.validation_due = True
+        trainer.save_checkpoint(self.path)
+        self.validation_due = False
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         if self.validation_due:  # as if it had begun: then Lightning does it when it resumes
@@ -1427,10 +1405,6 @@ class SigtermHandler(pl.Callback):
         signal.set_wakeup_fd(wakeup)
         threading.Thread(target=self.watch, args=(trainer, signals), daemon=True).start()
 
-    def on_validation_start(self, trainer: pl.Trainer, *args) -> None:
-        if trainer.state.fn == "validate":  # without training
-            self.on_train_start(trainer)
-
     def watch(self, trainer: pl.Trainer, signals: int) -> None:
         """In a thread: wait for the signal, and exit if no step ends within SIGTERM_TIMEOUT after it."""
         while os.read(signals, 1) != bytes([signal.SIGTERM]):
@@ -1440,9 +1414,9 @@ class SigtermHandler(pl.Callback):
             step = self.steps
             if self.ended.wait(SIGTERM_TIMEOUT):
                 return
-        resume = f"--resume continues from {self.checkpoint}" if self.checkpoint.exists() else "there is no checkpoint yet"
-        error = f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}"
-        print(f"imagenet_train.py: {error}", file=sys.stderr, flush=True)
+        exists = self.checkpoint.exists()
+        resume = f"--resume continues from {self.checkpoint}" if exists else "there is no checkpoint yet"
+        warn(f"SIGTERM: rank {trainer.global_rank} completed no step within {SIGTERM_TIMEOUT} s; {resume}")
         self.on_exception(trainer, None, TimeoutError())
         os._exit(128 + signal.SIGTERM)
 
@@ -1459,6 +1433,7 @@ class SigtermHandler(pl.Callback):
             requested = self.steps > 1 and int(store.get(key(f"{self.steps - 1}/any")))
         # After an epoch's last step, its validation is due: LastCheckpoint says so before it starts.
         if requested and (trainer.validating or trainer.datamodule.loader.done):
+            trainer.strategy.barrier()  # the store may be in rank 0's process, which must not end before all have read
             raise SIGTERMException
 
     on_train_batch_end = on_validation_epoch_start = on_validation_batch_end = sync
@@ -1538,17 +1513,6 @@ class ProgressBar(pl.Callback):
 # --preview draws samples → one sheet; training draws metrics.csv → curves.png.
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, which is renamed to `path` at the end: a killed run leaves no partial file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def first_samples(config: LoaderConfig) -> Iterator[dict[str, Any]]:
     """The undecoded samples of epoch 0 in the order of training, as one rank with one reader uses them."""
     order, blocks = plan_reader(config.index, True, config.seed, 0, [config.division], rank=0, worker=0)
@@ -1577,11 +1541,11 @@ def preview(config: LoaderConfig, path: Path) -> None:
         draw.text((left, top + size + 4), f"{label}  {names[label].split(',')[0]}"[: size // 4], "black", font_size=14)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    print(f"{path}: {len(samples)} images of the first training batch, each beside its crop (some mirrored), {size} × {size} px")
+    print(f"{path}: {len(samples)} images of the first training batch, each beside what the model sees, {size} px")
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Draw loss, top-1, learning rate and images/s over the epochs of a metrics.csv. Does nothing without matplotlib."""
+    """Draw loss, accuracy, learning rate and speed over the epochs of a metrics.csv, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1608,23 +1572,20 @@ def draw_curves(metrics: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
         if len(curves) > 1:
             axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 class Results(pl.Callback):
     """After each validation: its metrics go into the checkpoint, for export(), and into curves.png."""
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint["metrics"] = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_")}
+        metrics = trainer.callback_metrics
+        checkpoint["metrics"] = {name: float(metrics[name]) for name in metrics if name.startswith("val_")}
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        folder = Path(trainer.loggers[0].log_dir)
-        try:
-            draw_curves(folder / "metrics.csv", folder / "curves.png")
-        except OSError as error:  # a picture is no reason to end a run
-            print(f"imagenet_train.py: {folder}/curves.png: {error.strerror}; continuing without it", file=sys.stderr)
+        folder = Path(trainer.logger.log_dir)
+        draw_curves(folder / "metrics.csv", folder / "curves.png")
 
 
 # ---------------------------------------------------------------- command line
@@ -1665,16 +1626,6 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def model_name(text: str) -> str:
-    """An argparse type: a classification model of torchvision.models."""
-    models = torchvision.models.list_models(module=torchvision.models)
-    if text not in models:
-        near = difflib.get_close_matches(text, models, 3)
-        advice = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(models)}"
-        raise argparse.ArgumentTypeError(f"torchvision has no model {text}; {advice}")
-    return text
-
-
 # Defaults of the flags, by the number of epochs.
 RECIPES: dict[str, dict[str, float]] = {
     # NVIDIA's ResNet-50 v1.5, DeepLearningExamples, PyTorch/Classification/ConvNets: 77.1 % top-1.
@@ -1691,76 +1642,78 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        description="Train a torchvision model on ImageNet from WebDataset shards.", formatter_class=Help, allow_abbrev=False
-    )
-    count, pixels, real = number(int, 1), number(int, 16, 4096), number(float, 0)
-
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    count, whole, pixels = number(int, 1), number(int, 0), number(int, 16, 4096)
     data = parser.add_argument_group("data")
     add = data.add_mutually_exclusive_group().add_argument
     add("--shards", "--base", metavar="PREFIX", default="./data",
-        help="where the shards lie: a folder, http(s)://…, or pipe:COMMAND; %%s becomes a file's name or it is appended")
-    add("--imagenet", metavar="DIR", type=Path, default=None,
-        help="ImageNet's own files, in train/ and val/, instead of shards; all else stays, so this shows what shards give")
+        help="a folder, http(s)://… or pipe:COMMAND; file names are appended to it, or replace %%s in it")
+    add("--imagenet", metavar="DIR", type=Path, help="train from ImageNet's own files, in train/ and val/, instead")
     add = data.add_argument
-    add("--index", metavar="PREFIX", default=None, help="prefix of the index, if it is not beside the shards")
+    add("--index", metavar="PREFIX", help="prefix of the index, if it is not beside the shards")
     add("--batch-size", metavar="N", type=count, default=256, help="images per device and step")
-    add("--workers", metavar="N", type=number(int, 0), default=None,
-        help="loader processes per rank (default: this rank's share of the cores)")
+    add("--workers", metavar="N", type=whole, help="loader processes per rank (default: its share of the cores)")
     add("--train-size", metavar="PX", type=pixels, help="side of a training crop, pixels")
-    add("--progressive", metavar="PX", type=pixels, default=None,
-        help="begin with training crops of PX; they grow to --train-size between half and four fifths of the epochs")
+    add("--progressive", metavar="PX", type=pixels,
+        help="start with training crops of PX, which grow to --train-size between half and four fifths of the epochs")
     add("--val-size", metavar="PX", type=pixels, help="side of the validation crop, pixels")
     add("--val-resize", metavar="PX", type=pixels, help="shorter side before the validation crop, pixels")
-    add("--shuffle", metavar="N", type=number(int, 0), default=2000,
-        help="undecoded samples (about 110 KB each) in a worker's shuffle buffer")
-    add("--cache", metavar="DIR", type=Path, default=None,
-        help="folder on a local disk for the blocks that are read (default: none)")
-    add("--retries", metavar="N", type=number(int, 0), default=5, help="of a failing read, before it is an error")
-    add("--timeout", metavar="S", type=number(float, 0.1), default=60, help="seconds without a byte that end a command")
-    add("--max-bad", metavar="N", type=number(int, 0), default=100,
-        help="undecodable training images that a rank leaves out and names in an epoch, before it is an error")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides weights, order, crops and flips")
-    add("--preview", metavar="FILE.png", type=Path, help="draw the first training batch, each image beside its crop, and exit")
+    add("--shuffle", metavar="N", type=whole, default=2000, help="samples in a worker's shuffle buffer, 110 KB each")
+    add("--cache", metavar="DIR", type=Path, help="folder on a local disk for the blocks that are read (default: none)")
+    add("--retries", metavar="N", type=whole, default=5, help="retries of a failed read, with exponential back-off")
+    add("--timeout", metavar="S", type=number(float, 0.1), default=60, help="seconds without a byte until a read fails")
+    add("--max-bad", metavar="N", type=whole, default=100,
+        help="undecodable training images per rank and epoch that are reported and left out; more are an error")
+    add("--seed", metavar="N", type=number(int, 0, 2**32 - 1), default=0,
+        help="determines initial weights, order, crops and flips")
+    add("--preview", metavar="FILE.png", type=Path,
+        help="draw the first training batch, each image beside what the model sees, and exit")
 
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    count, whole, real = number(int, 1), number(int, 0), number(float, 0)
     add = parser.add_argument_group("model and recipe").add_argument
     add("--recipe", choices=RECIPES, default="90",
-        help="defaults of the flags below and of --max-epochs and the sizes: 90 epochs as NVIDIA published them for "
-        "ResNet-50 v1.5, or 16 in the manner of FFCV (growing crops of 128 to 192 px)")
-    add("--model", metavar="NAME", type=model_name, default="resnet50",
-        help="any classification model of torchvision.models")
-    add("--weights", metavar="NAME|FILE", default=None,
-        help="start from torchvision's weights, such as IMAGENET1K_V1 or DEFAULT, or from a file: a state dict or a "
-        "checkpoint; the last layer stays random if it is for other classes")
-    add("--lr", type=real, help="peak learning rate for a global batch of 256; it is scaled with the actual one")
-    add("--momentum", type=number(float, 0, 1), help="momentum of SGD")
-    add("--weight-decay", type=real, help="weight decay, not applied to norms and biases (default: 1/32768)")
-    add("--label-smoothing", type=number(float, 0, 1), help="share of the target that is spread over all classes")
-    add("--warmup-epochs", type=real, help="epochs of linear warm-up, at most half of the run")
+        help="defaults of epochs, rates and sizes: 90 epochs, NVIDIA's for ResNet-50 v1.5, or 16, after FFCV's")
+    models = torchvision.models.list_models(module=torchvision.models)
+    add("--model", metavar="NAME", choices=models, default="resnet50", help="any classification model of torchvision")
+    add("--weights", metavar="NAME|FILE",
+        help="start from torchvision's weights, such as IMAGENET1K_V1 or DEFAULT, or from a file with a state dict or "
+        "checkpoint; the last layer is new if the number of classes differs")
+    add("--evaluate", action="store_true",
+        help="only validate --weights or --resume, for a NAME with torchvision's resize and crop unless given")
+    add("--lr", metavar="X", type=real, help="peak learning rate for a global batch of 256; scaled with the actual one")
+    add("--momentum", metavar="X", type=number(float, 0, 1), help="momentum of SGD")
+    add("--weight-decay", metavar="X", type=real, help="not applied to norms and biases (default: 1/32768)")
+    add("--label-smoothing", metavar="X", type=number(float, 0, 1), help="share of the target spread over all classes")
+    add("--warmup-epochs", metavar="X", type=real, help="epochs of linear warm-up, at most half of the run")
     add("--compile", action="store_true", help="compile the model with torch.compile")
 
     add = parser.add_argument_group("trainer (Lightning's names)").add_argument
-    add("--accelerator", default="auto", help="auto, cpu, gpu, …")
-    add("--devices", default="auto", help="per node: auto, a number, or a list such as 0,2")
+    add("--accelerator", metavar="NAME", default="auto", help="auto, cpu, gpu, …")
+    add("--devices", metavar="N", default="auto", help="per node: auto, a number, or a list such as 0,2")
     add("--num-nodes", metavar="N", type=count, default=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         help="machines; torchrun sets it")
-    add("--precision", default=None, help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
+    add("--precision", metavar="NAME", help="32-true, bf16-mixed, … (default: bf16-mixed on a GPU that has it)")
     add("--max-epochs", metavar="N", type=count, help="epochs to train")
-    add("--max-steps", metavar="N", type=number(int, -1), default=-1, help="stop after as many steps; -1: no limit")
+    add("--max-steps", metavar="N", type=number(int, -1), default=-1,
+        help="stop after N steps; -1: no limit. The learning rate follows --max-epochs")
     add("--log-every", metavar="N", type=count, default=50, help="steps between two entries of the log")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="DIR", type=Path, default="./output",
-        help="folder in which each run creates version_N with its checkpoints, logs, curves.png and model.pt")
-    add("--checkpoint-every", metavar="N", type=number(int, 0), default=0,
-        help="steps between checkpoints within an epoch; 0: only at its end")
-    add("--resume", metavar="PATH", nargs="?", const="", default=None,
-        help="continue from a checkpoint or the last one in a version folder; without PATH from the newest last.ckpt in "
-        "--output, if there is one")
-    add("--evaluate", action="store_true",
-        help="only validate --weights or --resume; images are sized as torchvision does it for weights with a NAME")
+    add("--output", metavar="DIR", type=Path, default="./output", help="each run writes its results to DIR/version_N")
+    add("--checkpoint-every", metavar="N", type=whole, default=0, help="steps between checkpoints; 0: once an epoch")
+    add("--resume", metavar="PATH", nargs="?", const="",
+        help="continue from a checkpoint or version folder; without PATH from the newest last.ckpt in --output, if any")
 
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        description="Train a torchvision model on ImageNet from WebDataset shards.", formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add_data_flags(parser)
+    add_training_flags(parser)
     parser.set_defaults(**RECIPES["90"])  # for --help
     parser.set_defaults(**RECIPES[parser.parse_all(argv).recipe])
     args = parser.parse_all(argv)
@@ -1801,37 +1754,30 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint that --resume names; None if it names none, or if there is none yet."""
-    if args.resume is None:
-        return None
-    if args.resume:
-        path = Path(args.resume)
-        return path / "last.ckpt" if path.is_dir() else path
-    return newest_checkpoint(args.output)
+    if not args.resume:
+        return newest_checkpoint(args.output) if args.resume == "" else None
+    path = Path(args.resume)
+    return path / "last.ckpt" if path.is_dir() else path
 
 
 def is_finished(path: Path, args: argparse.Namespace, classes: int) -> bool:
     """Whether the run of this checkpoint has no steps left. TrainError if the checkpoint can't be continued."""
     try:
         checkpoint = torch.load(path, mmap=True, weights_only=True)  # weights_only: no code in it is run
-        made, epochs = checkpoint["hyper_parameters"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        mismatches = [
-            f"{key} {made[key]} there, {value} here"
-            for key, value in (("model", args.model), ("classes", classes)) if made[key] != value
-        ]
-        step = checkpoint["global_step"]
+        made, step = checkpoint["hyper_parameters"], checkpoint["global_step"]
+        epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        found, wanted = f"{made['classes']} classes of {made['model']}", f"{classes} classes of {args.model}"
     except OSError as error:
         raise TrainError(f"--resume={path}: {error.strerror}") from None
     except Exception as error:  # of many kinds: pickle's, zip's, a missing key
         raise TrainError(f"--resume={path}: not a checkpoint of this script ({type(error).__name__})") from None
-    if mismatches:
-        raise TrainError(f"--resume={path}: made with {', '.join(mismatches)}; give the same, or start without --resume")
-    if epochs >= args.max_epochs:
-        rank_zero_only(print)(f"--resume={path}: already at epoch {epochs} of {args.max_epochs}; raise --max-epochs to go on")
-    elif 0 <= args.max_steps <= step:
-        rank_zero_only(print)(f"--resume={path}: already at step {step} of {args.max_steps}; raise --max-steps to go on")
-    else:
-        return False
-    return True
+    if found != wanted:
+        raise TrainError(f"--resume={path}: for {found}, not {wanted}; give the same, or start without --resume")
+    for name, done, limit in (("epoch", epoch, args.max_epochs), ("step", step, args.max_steps)):
+        if 0 <= limit <= done:
+            rank_zero_only(print)(f"--resume={path}: already at {name} {done} of {limit}; raise --max-{name}s")
+            return True
+    return False
 
 
 def version_folder(output: Path, checkpoint: Path | None) -> Path:
@@ -1841,7 +1787,7 @@ def version_folder(output: Path, checkpoint: Path | None) -> Path:
     """
     if checkpoint and checkpoint.name == "last.ckpt" and checkpoint.parent.parent.resolve() == output.resolve():
         return output / checkpoint.parent.name
-    return Path(CSVLogger(output.absolute(), name="").log_dir)
+    return Path(CSVLogger(output, name="").log_dir)
 
 
 def make_cache(folder: Path | None) -> Path | None:
@@ -1867,13 +1813,13 @@ def make_model(args: argparse.Namespace, index: Index, images: int, weights: str
     module = Classifier(classes=classes, images=images, **{name: getattr(args, name) for name in recipe})
     if weights:
         try:
-            new_layer = load_weights(module.model, read_weights(args.model, weights), classes)
+            last = load_weights(module.model, read_weights(args.model, weights), classes)
         except ValueError as error:
             raise TrainError(f"{weights}: not for --model={args.model}: {error}") from None
-        if new_layer and args.evaluate:
-            raise TrainError(f"{weights}: for another number of classes than the {classes} of the images; nothing to evaluate")
-        if new_layer:
-            rank_zero_only(print)(f"{weights}: for another number of classes, so {' and '.join(new_layer)} start at random")
+        if last and args.evaluate:
+            raise TrainError(f"{weights}: not for the {classes} classes of the images; there is nothing to evaluate")
+        if last:
+            rank_zero_only(print)(f"{weights}: not for {classes} classes; the last layer, {last[-1]}, starts at random")
     return module
 
 
@@ -1897,7 +1843,7 @@ def make_loggers(folder: Path) -> list[Logger]:
 
 
 def make_trainer(args: argparse.Namespace, folder: Path, **changes) -> pl.Trainer:
-    """Lightning's Trainer as the flags want it, or else `changes`. TrainError for a device or precision that is not there.
+    """Lightning's Trainer by the flags, or else `changes`. TrainError for a device or precision that is not available.
 
     folder: of the run, for checkpoints
     """
@@ -1927,118 +1873,99 @@ def make_trainer(args: argparse.Namespace, folder: Path, **changes) -> pl.Traine
         raise TrainError(f"{flags}: {str(error).splitlines()[0]}") from None
 
 
-def make_configs(args: argparse.Namespace, indexes: list[Index], world: int, workers: int) -> list[LoaderConfig]:
-    """How to load the training split, if it is in the list, and then the validation split."""
-    common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout, workers=workers,
-                  world=world, cache=None if args.imagenet else make_cache(args.cache))
+def make_configs(args: argparse.Namespace, indexes: list[Index], trainer: pl.Trainer | None) -> list[LoaderConfig]:
+    """How to load the training split, if it is in the list, and the validation split. trainer: None for one rank."""
+    world, nodes = (trainer.world_size, trainer.num_nodes) if trainer else (1, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = max(1, cores // (world // nodes)) if args.workers is None else args.workers
+    common = dict(batch=args.batch_size, seed=args.seed, retries=args.retries, timeout=args.timeout, world=world,
+                  workers=workers, cache=None if args.imagenet else make_cache(args.cache))
     configs = [LoaderConfig(indexes[-1], False, size=args.val_size, resize=args.val_resize, **common)]
     for index in indexes[:-1]:
-        shuffle = 0 if index.tree else args.shuffle  # a tree's files come shuffled
-        configs.insert(0, LoaderConfig(
-            index, True, size=args.train_size, first_size=args.progressive or 0, epochs=args.max_epochs, shuffle=shuffle,
-            max_bad=args.max_bad, **common,
-        ))
         if index.total < args.batch_size * world:
-            raise TrainError(f"--batch-size={args.batch_size} × {world} ranks: more than the {index.total} training images; "
-                             "give a smaller one")
+            raise TrainError(f"--batch-size={args.batch_size} × {world} ranks: more than the {index.total} training "
+                             "images; give a smaller one")
+        configs.insert(0, LoaderConfig(
+            index, True, size=args.train_size, first_size=args.progressive or 0, epochs=args.max_epochs,
+            shuffle=0 if index.tree else args.shuffle, max_bad=args.max_bad, **common,  # a tree's files come shuffled
+        ))
     return configs
 
 
-def cores_per_rank(trainer: pl.Trainer) -> int:
-    """This machine's cores, divided among its ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // (trainer.world_size // trainer.num_nodes))
-
-
-def summary(args: argparse.Namespace, trainer: pl.Trainer, configs: list[LoaderConfig]) -> str:
-    """One line: devices, images, steps, source."""
-    parts = []
-    for config, split in zip(configs[::-1], ("val", "train")):
-        parts.insert(0, f"{config.index.total:,} {split} images in {len(config.index.names):,} "
-                        f"{'files' if config.index.tree else 'shards'}")
-    parts.append(f"{len(configs[0].index.classes)} classes")
-    steps = f"{configs[0].steps:,} batches of {args.batch_size} × {trainer.world_size}"
-    return (
-        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {configs[0].workers} workers, "
-        f"{trainer.precision}: {', '.join(parts)}; {steps}{' an epoch' * configs[0].training}; "
-        f"from {args.imagenet or args.shards}"
-    )
-
-
-def write_metrics(path: Path, args: argparse.Namespace, metrics: dict[str, float]) -> None:
+def write_metrics(path: Path, args: argparse.Namespace, metrics: dict[str, float | str]) -> None:
     """metrics.json: what was measured, on what."""
     settings = {"model": args.model, "val_size": args.val_size, "val_resize": args.val_resize}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(settings | metrics, indent=2) + "\n")
+    path.write_text(json.dumps(settings | metrics, indent=2) + "\n")
 
 
 @rank_zero_only
 def export(folder: Path, args: argparse.Namespace) -> None:
     """Write model.pt, the state dict of the best epoch for torchvision's get_model(), and its metrics.json."""
-    best, paths = folder / "best.ckpt", [folder / "model.pt", folder / "metrics.json"]
-    if best.exists():
-        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-        state = checkpoint["state_dict"].items()
-        with replacing(paths[0]) as temporary:
-            torch.save({key.removeprefix("model."): value for key, value in state if key.startswith("model.")}, temporary)
-        write_metrics(paths[1], args, {"epoch": checkpoint["epoch"] + 1, "step": checkpoint["global_step"]} | checkpoint["metrics"])
-    names = [path.name for path in (folder / "last.ckpt", best, *paths, folder / "curves.png") if path.exists()]
-    print(f"{folder}: {', '.join(names)}, metrics.csv")
+    if (folder / "best.ckpt").exists():
+        best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
+        state = {key.removeprefix("model."): value for key, value in best["state_dict"].items()}
+        AtomicCheckpointIO().save_checkpoint(state, folder / "model.pt")
+        write_metrics(folder / "metrics.json", args,
+                      {"epoch": best["epoch"] + 1, "step": best["global_step"]} | best["metrics"])
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Validate --weights, or the checkpoint of --resume, on all ranks. metrics.json goes into a new version folder."""
     [index] = read_indexes(args, ("val",))
     check_sizes(args.model, args.val_size)
-    weights = args.weights or find_checkpoint(args)
+    weights = args.weights or str(find_checkpoint(args) or "")
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
-    folder = version_folder(args.output, None)
-    trainer = make_trainer(args, folder, callbacks=[ProgressBar(), SigtermHandler(folder / "last.ckpt")], enable_checkpointing=False)
-    workers = cores_per_rank(trainer) if args.workers is None else args.workers
-    [config] = make_configs(args, [index], trainer.world_size, workers)
-    model = make_model(args, index, index.total, str(weights))
-    rank_zero_only(print)(summary(args, trainer, [config]))
-    if note := preprocessing_note(args.model, str(weights)):
-        rank_zero_only(print)(note)
+    folder, show = version_folder(args.output, None), rank_zero_only(print)
+    callbacks = [ProgressBar()]
+    trainer = make_trainer(args, folder, callbacks=callbacks, enable_checkpointing=False)
+    [config] = make_configs(args, [index], trainer)
+    model = make_model(args, index, index.total, weights)
+    device = f"{trainer.world_size} {trainer.strategy.root_device.type}, {trainer.precision}"
+    show(f"{args.model} with {weights} on {device}: {index.total:,} val images, resized to {args.val_resize} px, "
+         f"cropped to {args.val_size} px; from {args.imagenet or args.shards}")
+    named = named_weights(args.model, weights)
+    if named and named.transforms().interpolation.value != "bilinear":
+        show(f"{weights}: published with bicubic resizing, here it is bilinear; the accuracy will differ slightly")
     trainer.validate(model, datamodule=ImageNetData(None, config), verbose=False)
     if trainer.is_global_zero:
         folder.mkdir(parents=True)
-        result = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        write_metrics(folder / "metrics.json", args, {"weights": str(weights)} | result)
-        print(f"{folder}/metrics.json")
+        result = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        write_metrics(folder / "metrics.json", args, {"weights": weights} | result)
+        print(f"{folder}: metrics.json")
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, from the start or from the checkpoint of --resume, in this run's version folder. Cheap checks come first."""
+    """Train, from the start or from the checkpoint of --resume, in a version folder. Cheap checks come first."""
     indexes = read_indexes(args, ("train", "val"))
-    index, classes = indexes[0], len(indexes[0].classes)
+    index, val = indexes
     check_sizes(args.model, args.train_size, args.val_size, args.progressive or args.train_size)
     if args.preview:
-        [config, _] = make_configs(args, indexes, world=1, workers=0)
-        return preview(replace(config, batch=min(config.batch, 32, index.total)), args.preview)
-    checkpoint = find_checkpoint(args)
+        config = make_configs(args, indexes, None)[0]
+        return preview(replace(config, batch=min(config.batch, 32)), args.preview)
+    checkpoint, show = find_checkpoint(args), rank_zero_only(print)
     folder = version_folder(args.output, checkpoint)
-    if checkpoint and is_finished(checkpoint, args, classes):
+    if checkpoint and is_finished(checkpoint, args, len(index.classes)):
         return export(checkpoint.parent, args)
     if args.resume == "" and not checkpoint:
-        rank_zero_only(print)(f"--resume: no version_N/last.ckpt in {args.output} yet; starting from the beginning")
+        show(f"--resume: no version_N/last.ckpt in {args.output} yet; starting from the beginning")
     trainer = make_trainer(args, folder)
-    workers = cores_per_rank(trainer) if args.workers is None else args.workers
-    configs = make_configs(args, indexes, trainer.world_size, workers)
-    rank_zero_only(print)(summary(args, trainer, configs))
+    configs = make_configs(args, indexes, trainer)
+    files = "files" if index.tree else "shards"
+    show(
+        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {configs[0].workers} workers, "
+        f"{trainer.precision}: {index.total:,} train images in {len(index.names):,} {files}, "
+        f"{val.total:,} val in {len(val.names):,}, {len(index.classes)} classes; {configs[0].steps:,} batches of "
+        f"{args.batch_size} × {trainer.world_size} an epoch; from {args.imagenet or args.shards}"
+    )
     pl.seed_everything(args.seed, verbose=False)
-    model = make_model(args, index, indexes[1].total, None if checkpoint else args.weights)
-    if trainer.is_global_zero:  # as late as this: no failed check leaves a folder; and no other run's is taken
-        folder.mkdir(parents=True, exist_ok=checkpoint is not None and folder.resolve() == checkpoint.parent.resolve())
+    model = make_model(args, index, val.total, None if checkpoint else args.weights)
+    if trainer.is_global_zero:  # as late as this: a failed check leaves no folder. The folder of another run is refused
+        folder.mkdir(parents=True, exist_ok=bool(checkpoint) and folder.resolve() == checkpoint.parent.resolve())
     trainer.loggers = make_loggers(folder)
     trainer.fit(model, datamodule=ImageNetData(*configs), ckpt_path=checkpoint, weights_only=True)
     export(folder, args)
-
-
-def where_to_resume(output: Path) -> str:
-    newest = newest_checkpoint(output)
-    return f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2059,14 +1986,19 @@ def main(argv: list[str] | None = None) -> int:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     except (RuntimeError, MemoryError) as error:
         cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not cpu and not isinstance(error, torch.OutOfMemoryError):
+        if cpu or isinstance(error, torch.OutOfMemoryError):
+            memory = "this machine" if cpu else "the device"
+            message = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one"
+        elif isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
+            message = "another rank ended; its message says why"
+        else:
             raise
-        memory = "this machine" if cpu else "the device"
-        message, status = f"--batch-size={args.batch_size}: {memory} has too little memory; give a smaller one", 1
-    except SIGTERMException:
-        message, status = f"SIGTERM: {where_to_resume(args.output)}", 128 + signal.SIGTERM
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
-        message, status = f"interrupted: {where_to_resume(args.output)}", 128 + signal.SIGINT
+        status = 1
+    except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:  # Lightning makes the third of the second
+        sigterm, newest = isinstance(error, SIGTERMException), newest_checkpoint(args.output)
+        message = f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
+        message = f"{'SIGTERM' if sigterm else 'interrupted'}: {message}"
+        status = 128 + (signal.SIGTERM if sigterm else signal.SIGINT)
     print(f"imagenet_train.py: {message}", file=sys.stderr)
     return status
 

@@ -46,7 +46,7 @@ def convert(tree: Path, folder: Path, *flags: str) -> int:
 
 
 def forked() -> None:
-    """To call first in a forked process that may be killed: tqdm's lock is shared, and would stay locked for the others."""
+    """To call first in a forked process that may be killed: tqdm's lock is shared and would stay locked."""
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
 

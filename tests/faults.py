@@ -15,7 +15,7 @@ Place = Callable[[bytes], int]  # a position in the bytes that were asked for
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves a folder, and ranges of its files. server.faults: file name → faults, one a request until they are used up."""
+    """Serves a folder, and ranges of its files. server.faults: file name → faults, one for each request."""
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].strip("/")

@@ -13,7 +13,9 @@ from imagenet_train import Index, LoaderConfig, read_samples
 NAME = "imagenet-train-000001.tar"  # of 7 samples, in blocks of 3, 3 and 1
 
 
-def read_shard(index: Index, start: int = 0, stop: int | None = None, name: str = NAME, **config) -> Iterator[dict[str, Any]]:
+def read_shard(
+    index: Index, start: int = 0, stop: int | None = None, name: str = NAME, **config
+) -> Iterator[dict[str, Any]]:
     """The samples start … stop of a shard, without retries unless `config` says otherwise."""
     blocks = [number for number, block in enumerate(index.blocks) if index.names[block.shard] == name]
     numbers = range(index.starts[blocks[0]], index.starts[blocks[-1] + 1])[start:stop]

@@ -4,10 +4,10 @@
 
 DIR/rank-R.jsonl gets a line [epoch, step, "train" or "val", labels] a batch. With a tree of one image a class a label
 names an image. DIE_AT: this process gets a real SIGKILL when it is about to make that step, DIE_IN_VALIDATION: in that
-epoch's validation. TERM_AT, TERM_RANK: that
-rank gets a real SIGTERM there. LINGER: seconds that rank 0 takes to end after an exception. WORKERS: the number of
-loader processes; of several, a run each, one after the other, with the diary in DIR/workers-N. READS=1:
-DIR/reads-R.txt gets a line a training step, the number of times that anything was read off the device before it.
+epoch's validation. TERM_AT, TERM_RANK: that rank gets a real SIGTERM at that step, or in validation if TERM_AT is
+"val". LINGER: seconds that rank 0 takes to end after an exception. WORKERS: the number of loader processes; of several,
+a run each, one after the other, with the diary in DIR/workers-N. READS=1: DIR/reads-R.txt gets a line a training step,
+the number of times that anything was read off the device before it.
 """
 
 import json
@@ -39,17 +39,20 @@ class Reads(TorchDispatchMode):
 
 
 class Diary(pl.Callback):
+    def terminate(self, trainer: pl.Trainer, moment: str) -> None:
+        if os.environ.get("TERM_AT") == moment and os.environ.get("TERM_RANK", "0") == str(trainer.global_rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def write(self, trainer: pl.Trainer, kind: str, batch: list) -> None:
         folder.mkdir(exist_ok=True)
         line = [trainer.current_epoch, trainer.global_step, kind, batch[1].tolist()]
         with open(folder / f"rank-{trainer.global_rank}.jsonl", "a") as file:
             print(json.dumps(line), file=file)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, number: int) -> None:
         if trainer.global_step == int(os.environ.get("DIE_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
-        if [trainer.global_step, trainer.global_rank] == [int(os.environ.get(name, -1)) for name in ("TERM_AT", "TERM_RANK")]:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.terminate(trainer, str(trainer.global_step))
         self.write(trainer, "train", batch)
         if "READS" in os.environ:
             with open(folder / f"reads-{trainer.global_rank}.txt", "a") as file:
@@ -58,8 +61,9 @@ class Diary(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         time.sleep(float(os.environ.get("LINGER", 0)) * trainer.is_global_zero)
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, module, batch: list, batch_idx: int, loader: int = 0) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: list, *numbers) -> None:
         self.write(trainer, "val", batch)
+        self.terminate(trainer, "val")
         if trainer.current_epoch == int(os.environ.get("DIE_IN_VALIDATION", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
 

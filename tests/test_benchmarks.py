@@ -19,9 +19,15 @@ import limit  # noqa: E402
 RUNS = {
     "loading": (["--tree={tree}", "--images=60", "--rounds=1", "--only=project-u8,project-256-u8", "--batch=8"],
                 r"\| project-u8 \| 2 \| \d+ \|.*\n\| project-256-u8 \| 2 "),
-    "sharding": (["--tree={tree}", "--rounds=1", "--workers=1"], r"60 images, .*\n(.*× *\n)*ours, 1 workers .* ×"),
+    "sharding": (["--tree={tree}", "--rounds=1", "--workers=1"],
+                 r"60 images, .*\n(.* CPU s\n)*ours, 1 workers .* CPU s"),
     "profile_loading": (["--tree={tree}", "--images=64", "--rounds=1"], r"\| decode \| \d\.\d+ \|"),
-    "planning": ([], r"all readers' plans, 1,024 × 8"),
+    "accuracy": (["--tree={tree}", "--classes=2", "--epochs=1", "--seeds=2", "--size=32", "--resize=36",
+                  "--batch-size=4", "--workers=0", "--model=squeezenet1_1"],
+                 r"\| 1 \| [\d.]+ \| [\d.]+ \| .*\n\| mean .* ± [\d.]+ \| [\d.]+ ± .*\ndifference of the means: [+-]"),
+    "planning": ([], r"planning shards.*14\d shards.*\n.*loading the index"),
+    "order": (["--blocks=256", "--buffers=2000"],
+              r"\| blocks of 256 \| \d+ \|\n\| whole shards .*\n[^$]*\| 1,024 \| 1.0\d+ \|"),
     "step": (["--shards={shards}", *SMALL, "--model=squeezenet1_1", "--batch-size=1", "--rounds=1"],
              r"bare +[\d.,]+ images/s .*\nscript .*\nshards +[\d.,]+ images/s"),
 }  # fmt: skip

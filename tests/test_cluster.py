@@ -185,7 +185,8 @@ def check(folder: Path, alone: Path) -> None:
         assert len(trained) == 2 * STEPS and len(labels) == len(set(labels)) == 2 * STEPS * BATCH
         labels = [label for batch in seen.values() for label in batch if label != script.IGNORE_INDEX]
         assert sorted(labels) == list(range(VAL_IMAGES))
-    one, two = (torch.load(script.newest_checkpoint(f / "out"), weights_only=True)["state_dict"] for f in (alone, folder))
+    newest = [script.newest_checkpoint(f / "out") for f in (alone, folder)]
+    one, two = (torch.load(path, weights_only=True)["state_dict"] for path in newest)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -41,7 +41,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["shellcheck --external-sources run config.sh .ci/run", "hadolint Dockerfile"]
+    ["shellcheck --external-sources run config.sh .ci/run", "hadolint Dockerfile", "ruff check ."]
     + ["yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 120}}}' train.yml"],
 )
 def test_linters_report_nothing(command):

@@ -15,9 +15,9 @@ import faults
 import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES, convert, forked
-from test_train_blocks import small_disk
 from test_shards import everything
 from test_train import BATCH, HERE, SMALL, diary, record
+from test_train_blocks import small_disk
 
 import imagenet_train as script
 
@@ -59,7 +59,7 @@ def steps_made(folder: Path) -> dict[int, list[int]]:
 
 
 def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path, monkeypatch):
-    """11 steps an epoch, 2 epochs: SIGKILL within the first, at the seam, and within the second; no step is made twice."""
+    """Of 2 epochs of 11 steps: SIGKILL within the first, between them, and within the second; no step is made twice."""
     flags = [f"--shards={unique}", "--max-epochs=2", "--checkpoint-every=1", "--resume"]
     whole = start(tmp_path / "whole", *flags)
     whole.join()
@@ -173,7 +173,8 @@ def test_disk_full_while_sharding(tree, tmp_path, capsys):
         assert convert(tree, disk, "--maxcount=7") == 1
         error = capsys.readouterr().err
         assert "No space left on device" in error and error.count("\n") == 1
-        assert not list(disk.glob("*.tmp*")) and not (disk / "imagenet-train.json").exists()
+        assert not list(disk.glob("*.tmp*"))
+        assert "not-finished" in (disk / "imagenet-train.json").read_text()
         assert os.system(f"mount -o remount,size=50m '{disk}'") == 0
         assert convert(tree, disk, "--maxcount=7") == 0
         assert convert(tree, tmp_path / "whole", "--maxcount=7") == 0

@@ -59,10 +59,12 @@ def test_every_image_once_with_torchvisions_bytes_and_labels(tree, shards, split
 
 def test_the_devkit_changes_only_the_class_names(tree, shards, tmp_path, copy):
     wnids = sorted(entry.name for entry in (tree / "train").iterdir())
-    torch.save(({wnid: (wnid, "two words") for wnid in wnids}, []), copy / "meta.bin")  # what parse_devkit_archive leaves
+    # What torchvision's parse_devkit_archive leaves.
+    torch.save(({wnid: (wnid, "two words") for wnid in wnids}, []), copy / "meta.bin")
     assert convert(copy, tmp_path / "out", "--maxcount=7") == 0
     for split in ("train", "val"):
-        ours, plain = (json.loads((folder / f"imagenet-{split}.json").read_text()) for folder in (tmp_path / "out", shards))
+        name = f"imagenet-{split}.json"
+        ours, plain = (json.loads((folder / name).read_text()) for folder in (tmp_path / "out", shards))
         assert ours.pop("class_names") == [f"{wnid}, two words" for wnid in wnids] and plain.pop("class_names") is None
         assert ours == plain
     oracle = torchvision.datasets.ImageNet(copy, "val")
@@ -139,7 +141,8 @@ def test_imagenet_itself_makes_147_and_7_shards():
         rng = random.Random(0)
         sizes = [rng.lognormvariate(0, 0.6) for _ in range(count)]
         scale = total / sum(sizes)
-        images = [script.Image(f"train/n0/{i}.JPEG", i % 1000, int(size * scale), f"{i}") for i, size in enumerate(sizes)]
+        sizes = [int(size * scale) for size in sizes]
+        images = [script.Image(f"train/n0/{i}.JPEG", i % 1000, size, f"{i}") for i, size in enumerate(sizes)]
         assert len(script.plan_shards(images, 0, 1e9, 100_000)) == expected
 
 
@@ -278,7 +281,11 @@ def test_a_shards_folder_that_cannot_be_made(tree, tmp_path, capsys):
     assert f"{tmp_path}/file" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode", "--workers=0.5", "--resize=0.5", "--quality=96"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode", "--workers=0.5",
+     "--resize=0.5", "--quality=96"],
+)
 def test_bad_flags(tree, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         convert(tree, tmp_path, flag)

@@ -185,8 +185,9 @@ def test_an_index_of_the_previous_version_gets_blocks(shards, tmp_path, capsys):
     shutil.rmtree(folder / ".finished")
     path = folder / "imagenet-train.json"
     index = json.loads(path.read_text())
-    old = index | {"recipe": {"seed": 0, "maxsize": 1000000000, "maxcount": 7, "images": 60, "tree": "x", "resize": None}}
-    old["shardlist"] = [{k: v for k, v in entry.items() if k != "blocks"} | {"skipped": []} for entry in index["shardlist"]]
+    recipe = {"seed": 0, "maxsize": 1000000000, "maxcount": 7, "images": 60, "tree": "x", "resize": None}
+    entries = [{key: value for key, value in entry.items() if key != "blocks"} for entry in index["shardlist"]]
+    old = index | {"recipe": recipe, "shardlist": [entry | {"skipped": []} for entry in entries]}
     path.write_text(json.dumps(old, indent=1))
     assert script.main(["--verify", f"--shards={folder}", "--splits=train"]) == 1
     error = capsys.readouterr().err
@@ -198,7 +199,8 @@ def test_an_index_of_the_previous_version_gets_blocks(shards, tmp_path, capsys):
 
 def test_classes_from_a_file(tree, tmp_path):
     write_others(tree, tmp_path / "theirs", "x-%d.tar", 100)
-    run = ["--index-only", "--splits=train", f"--shards={tmp_path}/theirs", "--names=x-0.tar", f"--classes={tmp_path}/names"]
+    run = ["--index-only", "--splits=train", f"--shards={tmp_path}/theirs", "--names=x-0.tar"]
+    run += [f"--classes={tmp_path}/names"]
     names = [f"great class {number}" for number in range(10)]
     for lines, classes, class_names in (
         (names, names, None),

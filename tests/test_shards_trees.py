@@ -28,8 +28,8 @@ def make_images(root: Path, *paths: str) -> None:
 UNUSUAL = [
     "train/cat/photo (1).jpg", "train/cat/photo (2).jpg", "train/cat/photo_(1).jpg", "train/cat/1.jpg",
     "train/big dog/1.jpg", "train/big dog/photo [1].JPG", "train/big dog/sub folder/1.jpeg", "train/big dog/a.b.c.jpg",
-    "train/ünïcode/1.jpg", "train/ünïcode/Käse.jpg", "train/x/" + "long" * 50 + "1.jpg", "train/x/" + "long" * 50 + "2.jpg",
-    "train/x-1/1.jpg", "train/x/1-1.jpg",
+    "train/ünïcode/1.jpg", "train/ünïcode/Käse.jpg", "train/x-1/1.jpg", "train/x/1-1.jpg",
+    "train/x/" + "long" * 50 + "1.jpg", "train/x/" + "long" * 50 + "2.jpg",
 ]  # fmt: skip
 
 
@@ -82,15 +82,19 @@ def write_solution(path: Path, wnids: dict[str, str]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["ImageId", "PredictionString"])
-        writer.writerows([[Path(name).stem, f"{wnid} 85 1 499 272 {wnid} 1 2 3 4 "] for name, wnid in reversed(wnids.items())])
+        for name, wnid in reversed(wnids.items()):
+            writer.writerow([Path(name).stem, f"{wnid} 85 1 499 272 {wnid} 1 2 3 4 "])
 
 
 def write_meta(root: Path, wnids: dict[str, str]) -> None:
     """As torchvision has it: the wnids of the validation images in the order of the file names."""
-    torch.save(({wnid: (wnid,) for wnid in sorted(set(wnids.values()))}, [wnids[name] for name in sorted(wnids)]), root / "meta.bin")
+    names = {wnid: (wnid,) for wnid in sorted(set(wnids.values()))}
+    torch.save((names, [wnids[name] for name in sorted(wnids)]), root / "meta.bin")
 
 
-@pytest.mark.parametrize("labels", ["solution beside", "solution above", "solution named", "meta.bin", "meta.bin named"])
+@pytest.mark.parametrize(
+    "labels", ["solution beside", "solution above", "solution named", "meta.bin", "meta.bin named"]
+)
 @pytest.mark.parametrize("train", [True, False])
 def test_a_flat_val_gets_torchvisions_labels(copy, shards, tmp_path, labels, train):  # noqa: F811
     root = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
@@ -116,7 +120,8 @@ def test_a_flat_val_gets_torchvisions_labels(copy, shards, tmp_path, labels, tra
 
 def test_kaggles_class_names(copy, tmp_path):  # noqa: F811
     wnids = sorted(path.name for path in (copy / "train").iterdir())
-    (tmp_path / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} name of, {wnid}\n" for wnid in ["n00000001", *wnids]))
+    lines = [f"{wnid} name of, {wnid}\n" for wnid in ["n00000001", *wnids]]
+    (tmp_path / "LOC_synset_mapping.txt").write_text("".join(lines))
     assert convert(copy, tmp_path / "out") == 0
     for split in ("train", "val"):
         index = json.loads((tmp_path / f"out/imagenet-{split}.json").read_text())
@@ -143,8 +148,8 @@ def test_the_standard_classes_and_their_names():
     assert script.is_imagenet(wnids) and not script.is_imagenet(wnids[1:]) and not script.is_imagenet(wnids[::-1])
     names = script.find_class_names(None, wnids)
     assert names[:2] == ["tench", "goldfish"] and len(names) == 1000
-    differing = [name for wnid, name in zip(wnids, names) if name.split()[0] not in info.label_name_to_description(wnid)]
-    assert differing == []
+    descriptions = map(info.label_name_to_description, wnids)
+    assert [name for name, text in zip(names, descriptions) if name.split()[0] not in text] == []
 
 
 def test_other_totals_than_imagenets_are_a_warning(tree, shards, tmp_path, capsys, monkeypatch):
@@ -205,7 +210,7 @@ TREES = {
         (root / "train" / f"n0000000{n}.tar").touch() for n in (1, 2)],
     "differ in 1 class (n99999999)": lambda root: make_images(root, "train/n99999999/1.jpg"),
     "no images in this class folder": lambda root: [(root / s / "n99999999").mkdir() for s in ("train", "val")],
-    "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to(first(root).parent / "nowhere"),
+    "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to(root / "nowhere"),
 }  # fmt: skip
 
 

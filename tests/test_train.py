@@ -56,7 +56,8 @@ def record(folder: Path, *args: str, ranks: int = 1, workers: str = "2", **env: 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ranks):
-    run = record(tmp_path, f"--shards={unique}", "--max-epochs=2", f"--output={tmp_path}/out", ranks=ranks, workers="0 2 3")
+    flags = [f"--shards={unique}", "--max-epochs=2", f"--output={tmp_path}/out"]
+    run = record(tmp_path, *flags, ranks=ranks, workers="0 2 3")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(f"validated {VAL_IMAGES}/{VAL_IMAGES} images") == 3 * 2  # by rank 0 only
     steps = TRAIN_IMAGES // (ranks * BATCH)
@@ -86,7 +87,7 @@ def test_one_epoch(shards, tmp_path, capsys):
     assert train(f"pipe:cat {shards}/", tmp_path / "out", "--max-steps=4") == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"shufflenet_v2_x0_5 on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val images in 5 shards, 10 classes; "
+        r"shufflenet_v2_x0_5 on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val in 5, 10 classes; "
         rf"15 batches of 4 × 1 an epoch; from pipe:cat {shards}/", out)
     assert {"last.ckpt", "metrics.csv"} <= {path.name for path in (tmp_path / "out" / "version_0").iterdir()}
 
@@ -97,7 +98,8 @@ def test_an_epoch_with_validation(shards, tmp_path, capsys):
     assert re.search(r"validated 30/30 images: top-1 [\d.]+ %, top-5 [\d.]+ %, loss [\d.]+ \(epoch 1, step 15\)", out)
     assert (tmp_path / "out" / "version_0" / "best.ckpt").exists()
     header, *lines = (tmp_path / "out" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert {"train_loss", "train_images/s", "train_wait", "val_top1", "val_top5", "val_loss", "lr"} <= set(header.split(","))
+    names = {"train_loss", "train_images/s", "train_wait", "val_top1", "val_top5", "val_loss", "lr"}
+    assert names <= set(header.split(","))
     assert len(lines) >= 7
 
 
@@ -170,8 +172,10 @@ def test_wrong_input_gets_one_clear_line(shards, tmp_path, capsys, flag):
     assert len(error) == 1 and error[0].startswith("imagenet_train.py: ") and WRONG[flag] in error[0]
 
 
-@pytest.mark.parametrize("flag", ["--model=resnet1", "--batch-size=0", "--lr=-1", "--val-size=300", "--max-epochs=x", "--bogus",
-                                  "--preview=x.jpg"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--model=resnet1", "--batch-size=0", "--lr=-1", "--val-size=300", "--max-epochs=x", "--bogus", "--preview=x.jpg"],
+)
 def test_bad_flags(shards, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         train(shards, tmp_path / "out", flag)
@@ -200,5 +204,6 @@ def test_the_device_is_not_waited_for_in_every_step(shards, tmp_path, ranks):
     for rank in range(ranks):
         counts = list(map(int, (tmp_path / f"reads-{rank}.txt").read_text().split()))
         steps = [after - before for before, after in zip(counts, counts[1:])]
-        assert len(counts) == 20 // ranks and [n for n, reads in enumerate(steps) if reads] == list(range(4, len(steps), 5))
+        assert len(counts) == 20 // ranks
+        assert [n for n, reads in enumerate(steps) if reads] == list(range(4, len(steps), 5))
 

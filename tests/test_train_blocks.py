@@ -39,9 +39,21 @@ def unpack(data: bytes, samples: int) -> list[dict]:
 
 
 def test_members_in_any_order_of_any_image_kind_with_others_between():
-    data = ustar(("a.jpg", b"1"), ("a.json", b"{}"), ("a.cls", b"0"), ("b.cls", b"1"), ("b.PNG", b"2"), ("c.jpeg", b"3"), ("c.cls", b"2"))
+    data = ustar(
+        ("a.jpg", b"1"),
+        ("a.json", b"{}"),
+        ("a.cls", b"0"),
+        ("b.cls", b"1"),
+        ("b.PNG", b"2"),
+        ("c.jpeg", b"3"),
+        ("c.cls", b"2"),
+    )
     samples = unpack(data, 3)
-    assert [(s["__key__"], s["__url__"], s["cls"]) for s in samples] == [("a", "0.tar", b"0"), ("b", "0.tar", b"1"), ("c", "0.tar", b"2")]
+    assert [(s["__key__"], s["__url__"], s["cls"]) for s in samples] == [
+        ("a", "0.tar", b"0"),
+        ("b", "0.tar", b"1"),
+        ("c", "0.tar", b"2"),
+    ]
     assert (samples[0]["jpg"], samples[1]["png"], samples[2]["jpeg"]) == (b"1", b"2", b"3")
 
 
@@ -67,7 +79,12 @@ def test_a_member_that_claims_to_be_huge_is_refused():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(damaged(ustar(("a.cls", b"0"), ("a.jpg", b"x" * 700), ("b.cls", b"1"), ("b.jpg", b"y" * 30))), st.binary(max_size=2000)))
+@given(
+    st.one_of(
+        damaged(ustar(("a.cls", b"0"), ("a.jpg", b"x" * 700), ("b.cls", b"1"), ("b.jpg", b"y" * 30))),
+        st.binary(max_size=2000),
+    )
+)
 def test_fuzz_unpack(data):
     """Whatever passes a checksum is samples, or an error of the kinds that become one line."""
     try:

@@ -101,7 +101,8 @@ def test_the_best_score_survives_a_resume(unique, tmp_path):
     assert train(unique, tmp_path) == 0
     last, best = checkpoint(tmp_path), checkpoint(tmp_path, "best.ckpt")
     (state,) = (value for key, value in last["callbacks"].items() if key.startswith("ModelCheckpoint"))
-    assert state["best_model_path"] == str(tmp_path / "version_0" / "best.ckpt") and state["best_model_score"] is not None
+    assert state["best_model_path"] == str(tmp_path / "version_0" / "best.ckpt")
+    assert state["best_model_score"] is not None
     assert last["global_step"] == best["global_step"] == 11
 
 

@@ -37,8 +37,16 @@ def place(name: str):
     return lambda data: places(data)[name]
 
 
-PLACES = ["at the start", "in the first header", "between samples", "between cls and jpg", "in a header", "in an image",
-          "in the last image", "in the last padding"]
+PLACES = [
+    "at the start",
+    "in the first header",
+    "between samples",
+    "between cls and jpg",
+    "in a header",
+    "in an image",
+    "in the last image",
+    "in the last padding",
+]
 FAULTS = {f"cut {name}": faults.cut(place(name)) for name in PLACES}
 FAULTS |= {f"cut {name}, exit status 0": faults.cut(place(name), tell=False) for name in PLACES}
 FAULTS |= {f"reset {name}": faults.reset(place(name)) for name in ("at the start", "in a header", "in an image")}
@@ -177,7 +185,9 @@ def test_the_index_is_retried_too(server):
 def test_a_local_shard_that_is_cut(blocks, tmp_path, cut):
     (tmp_path / NAME).write_bytes((blocks / NAME).read_bytes()[: place(cut)((blocks / NAME).read_bytes())])
     index = at(script.read_index(str(blocks), "train"), str(tmp_path))
-    with pytest.raises(script.PermanentError, match=f"{NAME}, . samples? at byte .*{tmp_path}.*copy or convert the shard again"):
+    with pytest.raises(
+        script.PermanentError, match=f"{NAME}, . samples? at byte .*{tmp_path}.*copy or convert the shard again"
+    ):
         assert found(read_shard(index, retries=5)) == expected(blocks)[:-1]
 
 
@@ -231,7 +241,9 @@ def test_user_and_password_reach_the_server_and_no_message(blocks, monkeypatch, 
         url = server.url.replace("//", "//user:pass%20word@")
         index = script.read_index(url, "train")
         server.faults[NAME] = [FAULTS["503"]] * 9
-        with pytest.raises(script.TrainError, match="from http://127.0.0.1:.*/imagenet-train-000001.tar: HTTP status 503") as error:
+        with pytest.raises(
+            script.TrainError, match="from http://127.0.0.1:.*/imagenet-train-000001.tar: HTTP status 503"
+        ) as error:
             list(read_shard(index))
     assert set(headers) == {"Basic dXNlcjpwYXNzIHdvcmQ="}
     assert "user" not in str(error.value) and "word" not in str(error.value)

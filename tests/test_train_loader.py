@@ -163,7 +163,7 @@ def test_an_error_in_a_worker_is_one_line(unique, tmp_path, workers):
 
 @pytest.fixture
 def blank(tree, tmp_path) -> Path:
-    """The tree's shards, with the bytes of 3 training images and of 1 validation image lost before the index was made."""
+    """Shards of the tree, in which the bytes of 3 training images and of 1 validation image are lost."""
     from conftest import convert
 
     copy = shutil.copytree(tree, tmp_path / "tree")
@@ -267,6 +267,19 @@ def test_an_epoch_is_resumed_with_other_settings_or_another_kind_of_source(uniqu
     assert TRAIN_IMAGES - len(used) < after.world * after.batch
 
 
+def test_a_checkpoint_before_the_first_batch_of_the_new_settings(unique):
+    """Resumed with other settings, and stopped again before a batch was used."""
+    loader = Loader(train_config(unique))
+    first = next(iter(loader))[1].tolist()
+    resumed = Loader(train_config(unique, batch=3))
+    resumed.load_state_dict(loader.state_dict())
+    again = Loader(train_config(unique, batch=2))
+    again.load_state_dict(resumed.state_dict())
+    assert again.done == 1 and len(again.history) == 2
+    used = first + sum(labels_of(again), [])
+    assert len(used) == len(set(used)) == 4 + 21 * 2
+
+
 def test_a_rest_that_is_shorter_than_a_global_batch_makes_one_step(unique):
     """47 images, 2 batches of 20 done: 7 are left for two ranks of 20."""
     loader = Loader(train_config(unique, batch=20))
@@ -277,7 +290,7 @@ def test_a_rest_that_is_shorter_than_a_global_batch_makes_one_step(unique):
         resumed = Loader(train_config(unique, batch=20, world=2, rank=rank))
         resumed.load_state_dict(state)
         assert len(resumed) == 2
-        (images, labels), = list(resumed)
+        ((images, labels),) = list(resumed)
         rest += [label for label in labels.tolist() if label != IGNORE_INDEX]
         assert labels.tolist()[14:] == [IGNORE_INDEX] * 6 and torch.equal(images[19], images[0])
         assert resumed.position[1] == 1
@@ -301,7 +314,9 @@ def test_the_resumed_place_is_described(blocks):
     assert loader.describe_resume() == "resuming at the start of epoch 1"
     for _ in zip(range(3), loader):
         pass
-    assert loader.describe_resume().startswith("resuming in epoch 1 after 3 of 12 batches, with 1 ranks x 1 readers x batch 5; ")
+    assert loader.describe_resume().startswith(
+        "resuming in epoch 1 after 3 of 12 batches, with 1 ranks x 1 readers x batch 5; "
+    )
     index = loader.config.index
     used = script.used_samples(index, 0, 0, loader.history)
     partly = [b for start, b in zip(index.starts, index.blocks) if 0 < sum(used[start : start + b.samples]) < b.samples]

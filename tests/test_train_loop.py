@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TRAIN_IMAGES, VAL_IMAGES, forked
 from ranks import assert_same_weights, checkpoint, log, run
-from test_train import BATCH, SMALL
+from test_train import BATCH, SMALL, record
 
 import imagenet_train as script
 
@@ -75,8 +76,8 @@ def rates(monkeypatch):
 
 def test_the_optimiser_gets_the_recipe(unique, tmp_path, rates):
     """Peak × global batch / 256; no weight decay on norms and biases."""
-    flags = [f"--shards={unique}", "--max-epochs=1", "--lr=0.512", "--warmup-epochs=0", "--weight-decay=0.01", "--momentum=0.5"]
-    used = rates(tmp_path, *flags)
+    recipe = ["--lr=0.512", "--warmup-epochs=0", "--weight-decay=0.01", "--momentum=0.5"]
+    used = rates(tmp_path, f"--shards={unique}", "--max-epochs=1", *recipe)
     assert list(used) == [(BATCH * (step + 1), step) for step in range(11)]
     for (images, _), (decay, no_decay) in used.items():
         rate = 0.512 * BATCH / 256 * (1 + math.cos(math.pi * (images - BATCH) / TRAIN_IMAGES)) / 2
@@ -87,27 +88,28 @@ def test_the_optimiser_gets_the_recipe(unique, tmp_path, rates):
     assert len(decay["params"]) + len(no_decay["params"]) == len(list(model.parameters()))
 
 
-def test_after_a_resume_the_flags_decide(unique, tmp_path, rates):
-    """After another batch size, rate, momentum, weight decay and length, all is as in a run that always had them."""
+@pytest.mark.parametrize("steps", [4, 11])
+def test_after_a_resume_the_flags_decide(unique, tmp_path, rates, steps):
+    """In an epoch or at its end, with other flags: at the same positions, all is as in a run that always had them."""
     flags = [f"--shards={unique}", "--warmup-epochs=1"]
-    new = ["--max-epochs=4", f"--batch-size={2 * BATCH}", "--lr=0.1", "--momentum=0.5", "--weight-decay=0.01"]
-    rates(tmp_path / "out", *flags, "--max-epochs=1")
+    new = ["--max-epochs=3", f"--batch-size={2 * BATCH}", "--lr=0.1", "--momentum=0.5", "--weight-decay=0.01"]
+    rates(tmp_path / "out", *flags, "--max-epochs=1", f"--max-steps={steps}")
     resumed = rates(tmp_path / "out", *flags, *new, "--resume")
     whole = rates(tmp_path / "whole", *flags, *new)
     resumed, whole = ({images: groups for (images, _), groups in used.items()} for used in (resumed, whole))
-    assert len(whole) == 4 * 5 and len(resumed) == 3 * 5
-    for images, groups in resumed.items():
-        assert groups == whole[images]
-    assert min(groups[0][0] for groups in resumed.values()) > 0
+    assert len(whole) == 3 * 5 and list(resumed) == list(whole)[2 if steps == 4 else 5 :]
+    assert all(groups == whole[images] and groups[0][0] > 0 for images, groups in resumed.items())
 
 
 def test_an_equal_global_batch_gives_equal_rates(unique, tmp_path, rates):
-    """… at every position, also when it is made of other batches and ranks: the peak depends on their product alone."""
-    flags = [f"--shards={unique}", "--max-epochs=2", "--warmup-epochs=1", f"--batch-size={2 * BATCH}"]
-    one = rates(tmp_path / "one", *flags)
-    run(tmp_path / "two", f"--shards={unique}", "--max-epochs=2", "--warmup-epochs=1", "--log-every=1", ranks=2)
-    logged = [row["lr"] for row in rows(tmp_path / "two" / "out") if row["lr"]]
-    assert [float(rate) for rate in logged] == pytest.approx([groups[0][0] for groups in one.values()])
+    """One rank, and from the third step on two with half of the batch each: the rate is the same at every position."""
+    flags = [f"--shards={unique}", "--max-epochs=2", "--warmup-epochs=1", "--log-every=1"]
+    used = rates(tmp_path / "whole", *flags, f"--batch-size={2 * BATCH}")
+    rates(tmp_path / "two" / "out", *flags, f"--batch-size={2 * BATCH}", "--max-steps=2")
+    run(tmp_path / "two", *flags, "--resume", ranks=2)
+    logged = [(float(row["epoch"]), float(row["lr"])) for row in rows(tmp_path / "two") if row["lr"]]
+    assert len(logged) == 10
+    assert logged == [pytest.approx((images / TRAIN_IMAGES, groups[0][0])) for (images, _), groups in used.items()]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -157,9 +159,17 @@ def test_rows_without_a_label_do_not_count_in_the_loss():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_two_ranks_validate_the_model_that_is_saved(unique, tmp_path):
-    """The loss that two ranks print is that of last.ckpt: the weights and rank 0's batch-norm statistics."""
+def test_two_ranks_validate_the_model_that_is_saved(unique, tmp_path, monkeypatch):
+    """Its weights and rank 0's batch-norm statistics: both ranks have them, and the printed loss is theirs."""
+
+    def note(self, trainer: pl.Trainer, module: script.Classifier, *args) -> None:
+        with open(tmp_path / f"buffers-{trainer.global_rank}", "a") as file:
+            print(*(float(buffer.sum()) for buffer in module.model.buffers()), file=file)
+
+    monkeypatch.setattr(script.ProgressBar, "on_validation_batch_start", note)
     out = run(tmp_path, f"--shards={unique}", "--max-epochs=1", "--lr=0.01", ranks=2)
+    first, second = ((tmp_path / f"buffers-{rank}").read_text() for rank in (0, 1))
+    assert first == second and first.count("\n") == 6
     last = checkpoint(tmp_path)
     model = script.Classifier(**last["hyper_parameters"]).eval()
     model.load_state_dict(last["state_dict"])
@@ -255,26 +265,35 @@ def test_the_bar_in_a_terminal(unique, tmp_path, columns):
     assert not any("|" in line for line in lines)
 
 
-def test_an_error_in_a_terminal_stands_on_a_line_of_its_own(unique, tmp_path, monkeypatch):
-    real = script.Loader.__iter__
+def test_messages_in_a_terminal_stand_on_lines_of_their_own(unique, tmp_path, monkeypatch):
+    """An image that is left out, then an error that ends the run."""
+    decode, batches = script.decode, script.Loader.__iter__
 
-    def fail_at_5(self):
-        for n, batch in enumerate(real(self)):
-            if n == 5:
+    def decode_one_less(sample: dict, config: script.LoaderConfig, epoch: int) -> tuple[torch.Tensor, int]:
+        if sample["cls"] == b"7" and config.training:
+            raise script.TrainError("image: damaged")
+        return decode(sample, config, epoch)
+
+    def fail_in_epoch_2(self) -> Iterator[list[torch.Tensor]]:
+        for batch in batches(self):
+            if self.config.training and self.epoch == 1 and self.done == 3:
                 raise script.TrainError("shard: broken")
             yield batch
 
-    monkeypatch.setattr(script.Loader, "__iter__", fail_at_5)
-    drawn = in_terminal(80, f"--shards={unique}", f"--output={tmp_path}", "--max-epochs=1", "--log-every=2")
+    monkeypatch.setattr(script, "decode", decode_one_less)
+    monkeypatch.setattr(script.Loader, "__iter__", fail_in_epoch_2)
+    drawn = in_terminal(80, f"--shards={unique}", f"--output={tmp_path}", "--max-epochs=2", "--log-every=2")
     lines = [line.rpartition("\r")[2] for line in drawn.rstrip("\n").split("\n")]
-    assert lines[-1] == "imagenet_train.py: shard: broken" and "Epoch 1/1" in drawn
+    assert lines[-1] == "imagenet_train.py: shard: broken" and "Epoch 2/2" in drawn
+    assert "imagenet_train.py: not used: image: damaged" in lines
     assert not any("|" in line for line in lines)
 
 
 def test_without_a_terminal_there_are_plain_lines(unique, tmp_path):
-    out = run(tmp_path, f"--shards={unique}", "--max-epochs=2", "--log-every=4", ranks=2)
-    assert "\r" not in out and "\x1b" not in out
-    found = re.findall(r"^Epoch (\d)/2, step (\d)/5: loss \d+\.\d{3}, [\d,]+ img/s, wait \d+%$", out, re.MULTILINE)
-    assert found == [("1", "4"), ("2", "3")]
-    assert out.count("Epoch") == 2 and "Epoch" not in log(tmp_path, 1)
-    assert "arning" not in log(tmp_path) and "GLOBAL_RANK" not in log(tmp_path)
+    """From rank 0 alone, and nothing of Lightning's own: it has hints, and warnings of what is meant so here."""
+    flags = [f"--shards={unique}", f"--output={tmp_path}/out", "--max-epochs=2", "--log-every=4"]
+    done = record(tmp_path, *flags, ranks=2, workers="1")
+    assert done.returncode == 0 and "\r" not in done.stdout and "\x1b" not in done.stdout
+    line = r"^Epoch (\d)/2, step (\d)/5: loss \d+\.\d{3}, [\d,]+ img/s, wait \d+%$"
+    assert re.findall(line, done.stdout, re.MULTILINE) == [("1", "4"), ("2", "3")] and done.stdout.count("Epoch") == 2
+    assert not re.search("lightning|Warning|GLOBAL_RANK", done.stderr), done.stderr

@@ -26,14 +26,21 @@ LAYOUTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size
 
 def index_of(layout: list[list[int]]) -> Index:
     """An index of shards whose blocks have these numbers of samples."""
-    blocks = [Block(shard, place, 1, count, 0) for shard, counts in enumerate(layout) for place, count in enumerate(counts)]
+    blocks = [
+        Block(shard, place, 1, count, 0) for shard, counts in enumerate(layout) for place, count in enumerate(counts)
+    ]
     names = [f"{shard}.tar" for shard in range(len(layout))]
     return Index("", ["n0"], names, [0] * len(names), [""] * len(names), blocks)
 
 
 def divisions(most: int = 6) -> st.SearchStrategy[Division]:
     return st.builds(
-        Division, st.booleans(), st.integers(1, most), st.integers(1, 5), st.integers(1, 7), st.sampled_from([0, 1, 5, 30]),
+        Division,
+        st.booleans(),
+        st.integers(1, most),
+        st.integers(1, 5),
+        st.integers(1, 7),
+        st.sampled_from([0, 1, 5, 30]),
         st.just(0),
     )
 
@@ -78,9 +85,11 @@ def test_every_sample_is_used_by_one_reader(layout, training, epoch, division):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 2_000_000), st.booleans(), st.integers(1, 1024), st.integers(0, 16), st.integers(1, 512), st.data())
+@given(
+    st.integers(1, 2_000_000), st.booleans(), st.integers(1, 1024), st.integers(0, 16), st.integers(1, 512), st.data()
+)
 def test_readers_adjoin_on_the_line_at_any_scale(left, training, world, workers, batch, data):
-    """A rank owns one run of the line, its workers runs of that, each of whole batches; ranks have equal numbers of steps."""
+    """A rank owns one run of the line, its workers runs of that, each of whole batches; ranks make equal steps."""
     division, rank = Division(True, world, max(1, workers), batch, 0), data.draw(st.integers(0, world - 1))
     steps = steps_of(left, training, world, batch)
     full = training and left >= world * batch
@@ -110,7 +119,9 @@ def test_the_line_permutes_blocks_or_shards(layout, division, epoch):
     line = Line(index, True, division.seekable, 3, epoch, bytearray(index.total))
     units = list(range(len(index.blocks) if division.seekable else len(layout)))
     random.Random(f"3/{epoch}").shuffle(units)
-    expected = units if division.seekable else [n for s in units for n, block in enumerate(index.blocks) if block.shard == s]
+    expected = (
+        units if division.seekable else [n for s in units for n, block in enumerate(index.blocks) if block.shard == s]
+    )
     assert line.blocks == expected
     numbers = [n for block in expected for n in range(index.starts[block], index.starts[block + 1])]
     assert line.samples(range(len(line))) == numbers
@@ -127,7 +138,9 @@ def test_blocks_are_fetched_in_the_lines_order_and_before_their_samples(layout, 
         order, blocks = plan_reader(index, True, 3, epoch, [division], rank, worker)
         places = [line.index(block) for block in blocks]
         assert places == sorted(places) and len(set(blocks)) == len(blocks)
-        assert {b for b in blocks} == {next(b for b in line if index.starts[b] <= n < index.starts[b + 1]) for n in order}
+        assert {b for b in blocks} == {
+            next(b for b in line if index.starts[b] <= n < index.starts[b + 1]) for n in order
+        }
         held, most, fetched = set(), 0, iter(blocks)
         for number in order:
             while number not in held:
@@ -169,7 +182,7 @@ def test_the_shuffle_is_webdatasets():
 @settings(max_examples=300, deadline=None)
 @given(LAYOUTS, st.lists(divisions(), min_size=1, max_size=5), st.integers(0, 3), st.data())
 def test_a_run_that_is_resumed_with_other_settings_uses_no_sample_twice(layout, settings_list, epoch, data):
-    """Up to four changes within an epoch: equal steps on all ranks, at each change fewer than ranks x batch left out."""
+    """Up to four changes within an epoch: equal steps on all ranks; fewer than ranks x batch are left out."""
     index = index_of(layout)
     history, used = [], []
     for division in settings_list:
@@ -188,8 +201,9 @@ def test_a_run_that_is_resumed_with_other_settings_uses_no_sample_twice(layout, 
         new = [n for rank in batches for batch in rank[:done] for n in batch]
         history[-1] = division._replace(done=done)
         # The same run, resumed with the same settings after `done` batches, makes the batches that follow.
-        for rank, rest in enumerate(delivered(everyone(index, True, epoch, history), history[-1], r, steps)
-                                    for r in range(division.world)):
+        for rank, rest in enumerate(
+            delivered(everyone(index, True, epoch, history), history[-1], r, steps) for r in range(division.world)
+        ):
             assert rest == batches[rank][done:]
         used += new
         marks = used_samples(index, 3, epoch, history)
@@ -220,8 +234,12 @@ def imagenet() -> Index:
 
 def test_imagenet_on_1024_ranks_of_8_workers(imagenet):
     division = Division(True, 1024, 8, 32, 0)
-    used = [n for rank in range(0, 1024, 97) for worker in range(8)
-            for n in plan_reader(imagenet, True, 0, 3, [division], rank, worker)[0]]
+    used = [
+        n
+        for rank in range(0, 1024, 97)
+        for worker in range(8)
+        for n in plan_reader(imagenet, True, 0, 3, [division], rank, worker)[0]
+    ]
     assert len(used) == len(set(used)) == 11 * (1_281_167 // (1024 * 32)) * 32
 
 

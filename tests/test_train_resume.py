@@ -38,10 +38,17 @@ def test_an_epoch_in_three_runs_on_one_two_and_three_ranks(unique, tmp_path):
     first = record(tmp_path, f"--shards={unique}", *every, DIE_AT="3", workers="2")
     assert first.returncode == -signal.SIGKILL, first.stderr
     second = record(tmp_path, f"--shards={unique}", *every, "--batch-size=2", ranks=2, workers="0", DIE_AT="5")
-    assert second.returncode != 0 and "resuming in epoch 1 after 3 of 11 batches, begun with other settings" in second.stdout
-    third = record(tmp_path, f"--shards=pipe:cat {unique}/%s", *every, "--batch-size=3", "--shuffle=9", ranks=3, workers="3")
+    assert (
+        second.returncode != 0
+        and "resuming in epoch 1 after 3 of 11 batches, begun with other settings" in second.stdout
+    )
+    third = record(
+        tmp_path, f"--shards=pipe:cat {unique}/%s", *every, "--batch-size=3", "--shuffle=9", ranks=3, workers="3"
+    )
     assert third.returncode == 0, third.stderr
-    assert "resuming in epoch 1 after 5 of 8 batches, begun with other settings, with 3 ranks x 3 readers" in third.stdout
+    assert (
+        "resuming in epoch 1 after 5 of 8 batches, begun with other settings, with 3 ranks x 3 readers" in third.stdout
+    )
     assert re.findall(r"validated 47/47 images: .* \((epoch \d), step \d+\)", third.stdout) == ["epoch 1", "epoch 2"]
 
     made = steps_of(tmp_path, 0)
@@ -49,14 +56,20 @@ def test_an_epoch_in_three_runs_on_one_two_and_three_ranks(unique, tmp_path):
     used = list(itertools.chain(*made.values()))
     assert len(made) == 8 and len(used) == len(set(used)) == 47
     index = script.read_index(str(unique), "train")
-    history = [script.Division(True, 1, 2, BATCH, 5, 3), script.Division(True, 2, 1, 2, 5, 2), script.Division(False, 3, 3, 3, 9, 3)]
+    history = [
+        script.Division(True, 1, 2, BATCH, 5, 3),
+        script.Division(True, 2, 1, 2, 5, 2),
+        script.Division(False, 3, 3, 3, 9, 3),
+    ]
     assert script.used_samples(index, 0, 0, history).count(1) == len(used)  # what the plan says
     assert Counter(itertools.chain(*steps_of(tmp_path, 1).values())).most_common(1)[0][1] == 1
     assert len(steps_of(tmp_path, 1)) == TRAIN_IMAGES // 9
 
 
 @pytest.mark.parametrize("batch, source", [(2, "{}"), (8, "pipe:cat {}/%s")], ids=["more steps", "fewer steps"])
-def test_a_run_that_was_killed_in_validation_validates_that_epoch_and_trains_the_next(unique, tmp_path, batch, source, monkeypatch):
+def test_a_run_that_was_killed_in_validation_validates_that_epoch_and_trains_the_next(
+    unique, tmp_path, batch, source, monkeypatch
+):
     """The epoch that is over has its old number of steps, the next one the new number."""
     flags = ["--max-epochs=2", "--resume"]
     monkeypatch.setenv("DIE_IN_VALIDATION", "0")
@@ -108,4 +121,7 @@ def test_another_tree_of_the_same_size_is_refused_within_an_epoch(unique, tmp_pa
     again = start(tmp_path / "run", f"--shards={tmp_path}/other", *flags)
     again.join()
     assert again.exitcode == 1
-    assert "--resume: the checkpoint is within an epoch of other data or another order (index " in (tmp_path / "run" / "log").read_text()
+    assert (
+        "--resume: the checkpoint is within an epoch of other data or another order (index "
+        in (tmp_path / "run" / "log").read_text()
+    )

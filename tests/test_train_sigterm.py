@@ -30,7 +30,7 @@ def undisturbed(unique, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize("ranks, term_at, rank, step", [
-    (1, 3, 0, 4), (1, 10, 0, 11), (1, 21, 0, 22), (2, 2, 1, 4), (2, 3, 1, 5), (2, 9, 1, 10),
+    (1, 3, 0, 4), (1, 21, 0, 22), (2, 2, 1, 4), (2, 3, 1, 5), (2, 9, 1, 10),
 ])
 def test_sigterm_in_a_training_step(unique, tmp_path, undisturbed, ranks, term_at, rank, step):
     """An epoch has 11 steps on 1 rank and 5 on 2. In its last step the epoch's validation is repeated, not lost."""
@@ -47,14 +47,28 @@ def test_sigterm_in_a_training_step(unique, tmp_path, undisturbed, ranks, term_a
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_in_validation(unique, tmp_path, undisturbed, ranks):
     flags = [f"--shards={unique}", "--max-epochs=2"]
-    processes = start(tmp_path, *flags, ranks=ranks)
-    wait_for(tmp_path / f"rank-{ranks - 1}.jsonl", '"val"')
-    processes[-1].terminate()
-    assert exit_codes(processes) == [SIGTERM_EXIT] * ranks
-    assert VALIDATED not in log(tmp_path)
+    out = run(tmp_path, *flags, ranks=ranks, expect=SIGTERM_EXIT, TERM_AT="val", TERM_RANK=str(ranks - 1))
+    assert VALIDATED not in out
     run(tmp_path, *flags, "--resume", ranks=ranks)
     assert log(tmp_path, 0).count(VALIDATED) == 2
     assert_same_weights(tmp_path, undisturbed[ranks])
+
+
+def test_sigterm_in_an_evaluation(unique, tmp_path, undisturbed):
+    flags = [f"--shards={unique}", "--evaluate", f"--resume={next(undisturbed[1].rglob('last.ckpt'))}"]
+    out = run(tmp_path, *flags, expect=SIGTERM_EXIT, TERM_AT="val")
+    assert "SIGTERM" in out and VALIDATED not in out
+
+
+def test_slurm_gets_no_checkpoints_of_lightnings_own(unique, tmp_path):
+    """Lightning would answer SIGUSR1 with hpc_ckpt_1.ckpt and requeue the job. Here it has its default effect."""
+    slurm = dict(SLURM_NTASKS="1", SLURM_JOB_NAME="train", SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_LOCALID="0",
+                 SLURM_NODEID="0", SLURM_NTASKS_PER_NODE="1")
+    processes = start(tmp_path, f"--shards={unique}", "--max-epochs=50", **slurm)
+    wait_for(tmp_path / "rank-0.jsonl", r"\[0, 3, ")
+    os.kill(processes[0].pid, signal.SIGUSR1)
+    assert exit_codes(processes) == [-signal.SIGUSR1], log(tmp_path)
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
 
 
 def test_no_further_process_group(unique, tmp_path, monkeypatch):
@@ -62,7 +76,7 @@ def test_no_further_process_group(unique, tmp_path, monkeypatch):
     run(tmp_path, f"--shards={unique}", "--max-epochs=1", ranks=2, expect=SIGTERM_EXIT, TERM_AT="1", TERM_RANK="1")
 
 
-# A command that stalls where it reads a training shard, in the ranks that $STALLS names. It makes a file there.
+# A command that stalls where it reads a training shard, in the ranks that $STALLS names, after making a file.
 STALLING = """pipe:case %s:$STALLS in *train*.tar:*"$RANK"*) touch {marker}; sleep 30;; esac; cat {shards}/%s"""
 
 
@@ -95,7 +109,8 @@ def start_plainly(folder: Path, *flags: str, **env: str) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     with open(folder / "log", "w") as output:
         return subprocess.Popen(
-            [sys.executable, HERE / "record.py", *SMALL, f"--output={folder}/out", "--devices=2", "--max-epochs=1", *flags],
+            [sys.executable, HERE / "record.py", *SMALL, f"--output={folder}/out", "--devices=2", "--max-epochs=1",
+             *flags],
             env=os.environ | {"RECORD": str(folder), "WORKERS": "1"} | env,
             stdout=output, stderr=output, start_new_session=True,
         )
@@ -122,7 +137,7 @@ def assert_all_ended(leader: int) -> None:
 
 def test_sigterm_to_rank_0_ends_the_ranks_that_it_started(unique, tmp_path):
     """Rank 0 takes longer to end than Lightning takes to notice that the other one has ended."""
-    process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="7")
+    process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="12")
     assert process.wait(100) == SIGTERM_EXIT, (tmp_path / "log").read_text()
     assert_all_ended(process.pid)
     assert checkpoint(tmp_path)["global_step"] == 3
@@ -136,3 +151,12 @@ def test_when_rank_0_fails_the_ranks_that_it_started_end(unique, tmp_path):
     assert process.wait(100) == 1
     assert "exit status 7" in (tmp_path / "log").read_text()
     assert_all_ended(process.pid)
+
+
+def test_when_a_rank_fails_the_others_say_so_in_one_line(unique, tmp_path):
+    command = """pipe:case %s:$RANK in *train*.tar:1) exit 7;; esac; cat {}/%s"""
+    flags = [f"--shards={command.format(unique)}", "--retries=0", "--max-epochs=1"]
+    run(tmp_path, *flags, ranks=2, expect=1)
+    assert "exit status 7" in log(tmp_path, 1)
+    assert log(tmp_path, 0).endswith("imagenet_train.py: another rank ended; its message says why\n")
+    assert "Traceback" not in log(tmp_path)

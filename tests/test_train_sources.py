@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reading import NAME, expected, found, read_shard
 
-import imagenet_train as script
 from imagenet_train import PermanentError, TrainError, locate, printable, read_index
 
 
@@ -102,7 +101,9 @@ def test_an_index_that_lies_elsewhere(blocks, tmp_path, server):
         read_index(server, "train", index="/nowhere")
 
 
-@pytest.mark.parametrize("protocol, command", [("s3", "pipe:aws s3 cp"), ("gs", "pipe:gsutil cat"), ("az", "pipe:COMMAND")])
+@pytest.mark.parametrize(
+    "protocol, command", [("s3", "pipe:aws s3 cp"), ("gs", "pipe:gsutil cat"), ("az", "pipe:COMMAND")]
+)
 def test_other_urls_name_a_command(protocol, command):
     with pytest.raises(PermanentError, match=f"cannot read {protocol}:// URLs; name a command .*, such as {command}"):
         read_index(f"{protocol}://bucket/x", "train")
@@ -125,9 +126,13 @@ def test_no_index(tmp_path, server, tree):
         read_index(f"{tmp_path}/dta", "train")
     with pytest.raises(TrainError, match=f"--shards={tree}: a tree of images, not shards; .*--imagenet"):
         read_index(str(tree), "train")
-    with pytest.raises(TrainError, match=r"nowhere/imagenet-train.json: HTTP status 404.*is --shards=http://.*/nowhere right"):
+    with pytest.raises(
+        TrainError, match=r"nowhere/imagenet-train.json: HTTP status 404.*is --shards=http://.*/nowhere right"
+    ):
         read_index(server + "nowhere", "train")
-    with pytest.raises(TrainError, match="expected an index, found a page that says '404"):  # without -f a 404 is a page
+    with pytest.raises(
+        TrainError, match="expected an index, found a page that says '404"
+    ):  # without -f a 404 is a page
         read_index(f"pipe:curl -s {server}nowhere/", "train")
     with pytest.raises(TrainError, match="exit status 127: .*not found"):
         read_index("pipe:no-such-command ", "train")
@@ -142,7 +147,9 @@ def test_an_unfinished_conversion_and_an_index_without_blocks(blocks, tmp_path):
     for shard in content["shardlist"]:
         del shard["blocks"]
     (tmp_path / "imagenet-train.json").write_text(json.dumps(content))
-    with pytest.raises(TrainError, match=f"no blocks; add them with: python3 imagenet_shards.py --index-only --shards={tmp_path}"):
+    with pytest.raises(
+        TrainError, match=f"no blocks; add them with: python3 imagenet_shards.py --index-only --shards={tmp_path}"
+    ):
         read_index(str(tmp_path), "train")
     (tmp_path / "imagenet-train.json").write_text('{"__kind__": "imagenet-conversion-not-finished"}')
     with pytest.raises(TrainError, match="the conversion is not finished"):
@@ -249,5 +256,7 @@ def test_a_shard_that_is_not_what_the_index_says(blocks, tmp_path):
 
 def test_a_missing_shard(blocks, tmp_path):
     index = replace(read_index(str(blocks), "train"), prefix=str(tmp_path))
-    with pytest.raises(PermanentError, match=f"{NAME}, 3 samples at byte 0, from {tmp_path}/{NAME}: No such file or directory"):
+    with pytest.raises(
+        PermanentError, match=f"{NAME}, 3 samples at byte 0, from {tmp_path}/{NAME}: No such file or directory"
+    ):
         list(read_shard(index))

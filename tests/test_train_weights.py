@@ -35,7 +35,7 @@ def error_line(capsys) -> str:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_makes_a_step_and_loads_its_own_weights(name, monkeypatch):
     """Of the largest ones too: on the meta device, which computes shapes only."""
-    for method in ("normal_", "uniform_", "trunc_normal_"):  # RegNets are built on the CPU; nothing reads their values
+    for method in ("normal_", "uniform_"):  # RegNets are built on the CPU; nothing reads their values
         monkeypatch.setattr(torch.Tensor, method, lambda self, *args, **kwargs: self)
     size = 224 if name.startswith(("vit", "maxvit")) else 75 if name.startswith("inception") else 64
     script.check_sizes(name, size)
@@ -88,8 +88,9 @@ def test_weights_of_a_file(tmp_path, wrap):
 def test_weights_of_old_files(tmp_path):
     """torchvision's DenseNet files have other names and no batch counters, those of GoogLeNet auxiliary classifiers."""
     source, model = random_model("densenet121", 10), random_model("densenet121", 10, seed=8)
-    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in source.state_dict().items()}
-    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    state = source.state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): state[name] for name in state}
+    old = {name: old[name] for name in old if not name.endswith("num_batches_tracked")}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     torch.save(old, tmp_path / "x.pt")
     assert script.load_weights(model, script.read_weights("densenet121", str(tmp_path / "x.pt")), 10) == []
@@ -107,7 +108,7 @@ def test_weights_of_old_files(tmp_path):
 def test_the_last_layer_is_new_for_other_classes(name, layer):
     source, model, before = (random_model(name, classes, seed) for classes, seed in ((20, 7), (10, 8), (10, 8)))
     new = script.load_weights(model, source.state_dict(), 10)
-    assert new == [f"{layer}.weight", f"{layer}.bias"]
+    assert new == [f"{layer}.bias", f"{layer}.weight"]
     for key, value in model.state_dict().items():
         assert torch.equal(value, (before if key in new else source).state_dict()[key])
 
@@ -118,7 +119,7 @@ def test_fine_tuning(shards, tmp_path, capsys):
     torch.save(source.state_dict(), tmp_path / "x.pt")
     flags = [*SMALL, f"--weights={tmp_path}/x.pt", "--lr=0", "--resume"]
     assert run(shards, tmp_path / "out", *flags, "--max-steps=2") == 0
-    note = f"{tmp_path}/x.pt: for another number of classes, so fc.weight and fc.bias start at random\n"
+    note = f"{tmp_path}/x.pt: not for 10 classes; the last layer, fc.weight, starts at random\n"
     assert note in capsys.readouterr().out
     state = torch.load(tmp_path / "out" / "version_0" / "last.ckpt", weights_only=True)["state_dict"]
     for key, value in source.named_parameters():
@@ -133,12 +134,12 @@ def test_weights_that_do_not_fit_are_one_line(shards, tmp_path, capsys):
     torch.save({"a": 1}, tmp_path / "number.pt")
     (tmp_path / "text.pt").write_text("weights")
     for model, weights, expected in [
-        ("shufflenet_v2_x0_5", "resnet18.pt", r"resnet18.pt: not for --model=shufflenet_v2_x0_5: \d+ tensors do not fit, such as"),
-        ("resnet34", "resnet18.pt", r"resnet18.pt: not for --model=resnet34: 80 tensors do not fit, such as layer1.2.bn1.bias"),
+        ("shufflenet_v2_x0_5", "resnet18.pt", r"not for --model=shufflenet_v2_x0_5: \d+ tensors do not fit, such as"),
+        ("resnet34", "resnet18.pt", r"not for --model=resnet34: 80 tensors do not fit, such as layer1.2.bn1.bias"),
         ("resnet18", "number.pt", "number.pt: not for --model=resnet18: 103 tensors do not fit"),
         ("resnet18", "text.pt", r"text.pt: not a file of weights \(UnpicklingError\)"),
-        ("resnet18", "none.pt", "none.pt: no such file; for resnet18 give a file or one of IMAGENET1K_V1, DEFAULT"),
-        ("resnet18", "IMAGENET1K_V2", "IMAGENET1K_V2: no such file; for resnet18 give a file or one of IMAGENET1K_V1"),
+        ("resnet18", "none.pt", "none.pt: No such file or directory; for resnet18 give a file or one of IMAGENET1K_V1"),
+        ("resnet18", "IMAGENET1K_V2", "IMAGENET1K_V2: No such file or directory; for resnet18 give a file or one of"),
     ]:
         path = weights if weights.startswith("IMAGENET") else tmp_path / weights
         assert run(shards, tmp_path / "out", *SMALL, f"--model={model}", f"--weights={path}") == 1
@@ -147,15 +148,20 @@ def test_weights_that_do_not_fit_are_one_line(shards, tmp_path, capsys):
 
 
 class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple:
-        return (open, ("/tmp/imagenet_train_was_here", "w"))
+        return open, (str(self.path), "w")
 
 
 def test_weights_run_no_code(tmp_path):
-    torch.save({"fc.weight": Evil()}, tmp_path / "evil.pt")
+    torch.save({"fc.weight": Evil(tmp_path / "created")}, tmp_path / "evil.pt")
     with pytest.raises(script.TrainError, match="not a file of weights"):
         script.read_weights("resnet18", str(tmp_path / "evil.pt"))
-    assert not Path("/tmp/imagenet_train_was_here").exists()
+    assert not (tmp_path / "created").exists()
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path, shards, capsys):
@@ -201,7 +207,8 @@ def known(tree) -> tuple[torch.nn.Module, float, float, float]:
         model.fc = head
         logits = head(features)
     top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean()
-    return model, (logits.argmax(1) == labels).float().mean().item(), top5.item(), F.cross_entropy(logits, labels).item()
+    top1 = (logits.argmax(1) == labels).float().mean()
+    return model, top1.item(), top5.item(), F.cross_entropy(logits, labels).item()
 
 
 @pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "DEFAULT", "file"])
@@ -217,7 +224,7 @@ def test_evaluation_gives_what_torchvision_gives(thousand, known, tmp_path, monk
     flags = ["--evaluate", f"--weights={path if weights == 'file' else weights}", "--model=resnet18"]
     assert run(thousand, tmp_path / "out", *flags) == 0
     out = capsys.readouterr().out
-    assert "30 val images in 5 shards, 1000 classes; 4 batches of 8 × 1; from" in out
+    assert "1 cpu, 32-true: 30 val images, resized to 256 px, cropped to 224 px; from" in out
     top1, top5, loss = (float(number) for number in re.search(VALIDATED, out).groups())
     assert (top1, top5) == (round(100 * expected[0], 2), round(100 * expected[1], 2))
     assert loss == pytest.approx(expected[2], rel=0.02)
@@ -228,8 +235,9 @@ def test_evaluation_gives_what_torchvision_gives(thousand, known, tmp_path, monk
 
 @pytest.mark.parametrize(
     "model, weights, size, resize",
-    [("resnet50", "IMAGENET1K_V1", 224, 256), ("resnet50", "IMAGENET1K_V2", 224, 232), ("resnet50", "DEFAULT", 224, 232),
-     ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384), ("resnet50", "x.pt", 224, 256)],
+    [("resnet50", "IMAGENET1K_V1", 224, 256), ("resnet50", "IMAGENET1K_V2", 224, 232),
+     ("resnet50", "DEFAULT", 224, 232), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384, 384),
+     ("resnet50", "x.pt", 224, 256)],
 )
 def test_named_weights_bring_their_sizes(model, weights, size, resize):
     args = script.parse_args(["--evaluate", f"--model={model}", f"--weights={weights}"])
@@ -238,13 +246,6 @@ def test_named_weights_bring_their_sizes(model, weights, size, resize):
     assert (args.val_size, args.val_resize) == (size, 400)
     args = script.parse_args([f"--model={model}", f"--weights={weights}"])  # training: the flags' own
     assert (args.val_size, args.val_resize) == (224, 256)
-
-
-@pytest.mark.parametrize("weights, note", [("IMAGENET1K_SWAG_LINEAR_V1", True), ("IMAGENET1K_V1", False)])
-def test_weights_published_with_other_preprocessing_are_noted(weights, note):
-    assert bool(script.preprocessing_note("vit_b_16", weights)) == note
-    assert ("bicubic" in script.preprocessing_note("vit_b_16", weights)) == note
-    assert script.preprocessing_note("vit_b_16", "x.pt") == ""
 
 
 def test_weights_for_other_inputs_are_refused():
@@ -284,6 +285,6 @@ def test_evaluation_needs_only_the_validation_split(shards, tmp_path, capsys):
 def test_evaluation_of_what_does_not_fit(shards, tmp_path, capsys):
     torch.save(random_model("shufflenet_v2_x0_5", 20).state_dict(), tmp_path / "x.pt")
     assert run(shards, tmp_path / "out", *SMALL, "--evaluate", f"--weights={tmp_path}/x.pt") == 1
-    assert "x.pt: for another number of classes than the 10 of the images; nothing to evaluate" in error_line(capsys)
+    assert "x.pt: not for the 10 classes of the images; there is nothing to evaluate" in error_line(capsys)
     assert run(shards, tmp_path / "out", *SMALL, "--evaluate", "--resume") == 1
     assert f"--evaluate --resume: no version_N/last.ckpt in {tmp_path}/out; name a checkpoint" in error_line(capsys)

@@ -78,15 +78,15 @@ class Stopwatch(pl.Callback):
 
 
 def verdict(load: float, step: float, workers: int, cores: int, device: str) -> str:
-    """What limits, and what to do, from images/s of the loader and of the step alone. Cores and workers are per rank."""
+    """What limits, and what to do, from images/s of the loader and of the step; cores and workers of a rank."""
     need = math.ceil(max(workers, 1) * step / load)
     if load >= step:
         return f"step-bound: {device} takes {step:,.0f}, the loader would give {load / step:.1f} times as many"
     if need <= cores:
         return f"input-bound: {workers} workers give {load:,.0f}, {device} takes {step:,.0f}: use --workers={need}"
     return (
-        f"input-bound: {device} takes {step:,.0f}, for which it needs {need} workers a rank on as many cores, not {cores}: "
-        "smaller images (imagenet_shards.py --resize, --train-size) need fewer"
+        f"input-bound: {device} takes {step:,.0f}, for which it needs {need} workers a rank on as many cores, not "
+        f"{cores}: smaller images (imagenet_shards.py --resize, --train-size) need fewer"
     )
 
 
@@ -94,9 +94,10 @@ def timed_fit(
     args: argparse.Namespace, config: script.LoaderConfig, skip: int, count: int, one_batch: bool
 ) -> tuple[float, pl.Trainer]:
     """Seconds of `count` training steps after the first `skip`, from the loader or from one batch; and the trainer."""
-    watch, bar = Stopwatch(skip), script.ProgressBar()
+    watch = Stopwatch(skip)
+    callbacks = [watch, script.SigtermHandler(args.output / "last.ckpt"), script.ProgressBar()]
     trainer = script.make_trainer(
-        args, args.output, callbacks=[watch, script.SigtermHandler(args.output / "last.ckpt"), bar], enable_checkpointing=False, limit_val_batches=0,
+        args, args.output, callbacks=callbacks, enable_checkpointing=False, limit_val_batches=0,
         max_epochs=1, max_steps=skip + count,
     )
     make = partial(OneBatch, device=trainer.strategy.root_device) if one_batch else script.Loader
@@ -142,16 +143,14 @@ def measure(args: argparse.Namespace, config: script.LoaderConfig, steps: int, c
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", metavar="N", type=int, default=100, help="batches to measure, 1 or more (default: 100)")
+    parser.add_argument("--steps", metavar="N", type=int, default=100, help="batches to measure (default: 100)")
     own, rest = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as output:
         args = script.parse_args([*rest, f"--output={output}"])
         try:
             trainer = script.make_trainer(args, args.output, enable_checkpointing=False, callbacks=[])
-            cores = script.cores_per_rank(trainer)
-            workers = cores if args.workers is None else args.workers
-            indexes = script.read_indexes(args, ("train", "val"))
-            config = script.make_configs(args, indexes, trainer.world_size, workers)[0]
+            config = script.make_configs(args, script.read_indexes(args, ("train", "val")), trainer)[0]
+            cores = len(os.sched_getaffinity(0)) // (trainer.world_size // trainer.num_nodes)
             measure(args, config, own.steps, cores)
         except script.TrainError as error:
             print(f"limit.py: {error}", file=sys.stderr)

@@ -50,7 +50,8 @@ MEAN, STD = imagenet_train.MEAN, imagenet_train.STD
 
 def make_shards(work: Path, name: str, images: int, *flags: str) -> None:
     """Convert work/tree into eight shards in work/name."""
-    flags = (f"--imagenet={work}/tree", f"--shards={work / name}", "--splits=train", f"--maxcount={-(-images // 8)}", *flags)
+    count = f"--maxcount={-(-images // 8)}"
+    flags = (f"--imagenet={work}/tree", f"--shards={work / name}", "--splits=train", count, *flags)
     command = [sys.executable, TESTS.parent / "imagenet_shards.py", *flags]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
@@ -323,7 +324,7 @@ def main() -> int:
         work = Path(folder)
         print(f"# {prepare(work, a)} images, batches of {a.batch}, {a.size} px, {a.rounds} rounds", flush=True)
         rows: dict[tuple[str, int], list[dict]] = {job: [] for job in jobs}
-        for name in {"project-256-u8", "litdata", "mosaicml"} & set(names):  # they convert first; to load in that process starts slower
+        for name in {"project-256-u8", "litdata", "mosaicml"} & set(names):  # they convert first
             measure_apart(name, work, a, workers[0])
         for _, job in itertools.product(range(a.rounds), jobs):
             if found := measure_apart(job[0], work, a, job[1]):

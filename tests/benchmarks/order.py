@@ -3,7 +3,7 @@
     python tests/benchmarks/order.py
     python tests/benchmarks/order.py --blocks=16,64,256 --buffers=2000,4000
 
-Out: three tables. No data is read: the order is a function of the index, which is made here, 147 shards of 8,716 samples.
+Out: three tables. No data is read: the order is a function of the index, which is made here, of 147 shards.
 
 Shuffle: how many times likelier than under a full shuffle two samples of one batch are in one batch of the next epoch
 again, for 8 ranks × 8 workers of 256 images. 1 is a full shuffle.
@@ -69,7 +69,9 @@ def traffic(index: Index, division: Division) -> float:
         if division.seekable:
             fetched += sum(block.length for block in blocks)
         else:
-            fetched += sum(max(b.offset + b.length for b in shard) for _, shard in itertools.groupby(blocks, lambda b: b.shard))
+            fetched += sum(
+                max(b.offset + b.length for b in shard) for _, shard in itertools.groupby(blocks, lambda b: b.shard)
+            )
     return fetched / (index.total * IMAGE)
 
 
@@ -104,7 +106,10 @@ def main() -> None:
     print("\ntime of one reader's plan, CPU-seconds\n| readers | fresh | resumed with other settings |\n|---|---|---|")
     for world, workers in ((1, 1), (1, 8), (8, 8), (128, 8)):
         division = Division(True, world, workers, 256, 2000)
-        print(f"| {world * workers:,} | {seconds(index, division):.2f} | {seconds(index, half, division):.2f} |", flush=True)
+        print(
+            f"| {world * workers:,} | {seconds(index, division):.2f} | {seconds(index, half, division):.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

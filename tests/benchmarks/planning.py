@@ -1,16 +1,17 @@
-"""Planning at ImageNet's real size, without ImageNet: seconds and memory.
+"""Planning and the index at ImageNet's real size, without ImageNet: seconds and memory.
 
     python tests/benchmarks/planning.py
     python tests/benchmarks/planning.py --full
 
-Out: time and peak memory of planning 1,281,167 images of drawn sizes into shards; then of the readers' plans of one
-     epoch, on 1 to 1,024 ranks of 8 workers, and whether they hold every sample once. --full also makes 1,281,167
-     sparse files in a folder on a tmpfs (about 2 GB of memory), lists and plans them, and removes them.
+Prints time and peak memory of planning 1,281,167 images of random sizes into shards, and the size and loading time of
+their index. --full also makes 1,281,167 sparse files in a folder on a tmpfs (about 2 GB of memory), lists and plans
+them, and removes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -22,48 +23,50 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from imagenet_shards import Image, make_plan, plan_shards  # noqa: E402
-from imagenet_train import pieces_of, steps_per_epoch  # noqa: E402
+from imagenet_shards import Image, format_index, make_plan, plan_shards  # noqa: E402
 
-IMAGES, CLASSES, BATCH, WORKERS = 1_281_167, 1000, 256, 8
+IMAGES, CLASSES, BLOCK = 1_281_167, 1000, 64
 
 
 def peak() -> float:
-    """MB that this process has had in memory at once, up to now."""
+    """The most memory that this process has had so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def draw() -> list[Image]:
-    """ImageNet's names and, drawn about its average of 115 KB, sizes."""
+    """ImageNet's names, and random sizes around its average of 115 KB."""
     rng = random.Random(0)
     images = []
     for i in range(IMAGES):
         wnid = f"n{i % CLASSES:08d}"
         size = int(rng.lognormvariate(11.5, 0.55))
-        images.append(Image(f"train/{wnid}/{wnid}_{i // CLASSES}.JPEG", i % CLASSES, size))
+        images.append(Image(f"train/{wnid}/{wnid}_{i // CLASSES}.JPEG", i % CLASSES, size, f"{wnid}_{i // CLASSES}"))
     return images
 
 
-def say(what: str, begun: float, cpu: float, more: str = "") -> None:
+def report(what: str, begun: float, cpu: float, more: str = "") -> None:
     wall, spent = time.perf_counter() - begun, time.process_time() - cpu
     print(f"| {what} | {wall:.2f} | {spent:.2f} | {peak():,.0f} | {more} |", flush=True)
 
 
-def readers(counts: list[int]) -> None:
-    total = sum(counts)
-    for world in (1, 8, 64, 256, 1024):
-        begun, cpu = time.perf_counter(), time.process_time()
-        seen = [bytearray(count) for count in counts]  # how often each sample is read
-        for rank in range(world):
-            for worker in range(WORKERS):
-                for shard, start, stop in pieces_of(counts, True, 0, 0, rank, world, worker, WORKERS, BATCH):
-                    if any(seen[shard][start:stop]):
-                        raise SystemExit(f"planning.py: {world} ranks: a sample of shard {shard} is read twice")
-                    seen[shard][start:stop] = b"\1" * (stop - start)
-        found, wanted = sum(map(sum, seen)), steps_per_epoch(total, True, world, BATCH) * world * BATCH
-        if found != wanted:
-            raise SystemExit(f"planning.py: {world} ranks: {found} samples are read, expected {wanted}")
-        say(f"all readers' plans, {world:,} × {WORKERS}", begun, cpu, f"{found:,} samples once, {total - found:,} rest")
+def index(shards: list[list[Image]]) -> None:
+    """Write and load an index of these shards with random checksums."""
+    rng = random.Random(0)
+    entries = []
+    for number, images in enumerate(shards):
+        offset, blocks = 0, []
+        for start in range(0, len(images), BLOCK):
+            block = images[start : start + BLOCK]
+            length = sum(2048 + -(-image.size // 512) * 512 for image in block)
+            blocks.append([offset, length, len(block), rng.getrandbits(32)])
+            offset += length
+        entry = {"url": f"imagenet-train-{number:06d}.tar", "nsamples": len(images), "filesize": offset + 10240}
+        entries.append(entry | {"sha256": f"{rng.getrandbits(256):064x}", "blocks": blocks})
+    classes = [f"n{number:08d}" for number in range(CLASSES)]
+    text = format_index({"shardlist": entries, "classes": classes, "class_names": ["great white shark"] * CLASSES})
+    begun, cpu = time.perf_counter(), time.process_time()
+    json.loads(text)
+    report("loading the index", begun, cpu, f"{len(text) / 1e6:.2f} MB")
 
 
 def full(place: Path) -> None:
@@ -75,12 +78,12 @@ def full(place: Path) -> None:
         for image in draw():
             with open(folder / image.path, "wb") as file:
                 file.truncate(image.size)
-        say("making the files", begun, cpu)
+        report("making the files", begun, cpu)
         begun, cpu = time.perf_counter(), time.process_time()
-        plan = make_plan(folder, "train", 0, 1e9, 100_000)
+        plan = make_plan(folder, "train", 0, 10**9, 100_000)
         if sum(map(len, plan.shards)) != IMAGES:
             raise SystemExit(f"planning.py: {sum(map(len, plan.shards))} files are planned, expected {IMAGES}")
-        say("listing and planning them", begun, cpu, f"{len(plan.shards)} shards")
+        report("listing and planning them", begun, cpu, f"{len(plan.shards)} shards")
     finally:
         shutil.rmtree(folder)
 
@@ -97,9 +100,9 @@ def main() -> int:
     images = draw()
     print(f"| {IMAGES:,} images drawn | | | {peak():,.0f} | {sum(i.size for i in images) / 1e9:.1f} GB |", flush=True)
     begun, cpu = time.perf_counter(), time.process_time()
-    shards = plan_shards(images, 0, 1e9, 100_000)
-    say("planning shards", begun, cpu, f"{len(shards)} shards")
-    readers([len(shard) for shard in shards])
+    shards = plan_shards(images, 0, 10**9, 100_000)
+    report("planning shards", begun, cpu, f"{len(shards)} shards")
+    index(shards)
     return 0
 
 

@@ -1,12 +1,12 @@
-"""Sharding against its peers: the same tree, cold, in one run, interleaved.
+"""Sharding against its peers: the same tree, files not in the page cache, interleaved rounds.
 
-    python tests/benchmarks/sharding.py --tree=DIR [--rounds=3] [--workers=1,2]
+    python tests/benchmarks/sharding.py --tree=DIR [--rounds=3] [--workers=1,2] [--other=imagenet_shards.py] [--warm]
 
-DIR holds train/WNID/*.JPEG, at best a few thousand. Without --tree a stand-in is drawn, whose images are far smaller
-than ImageNet's. The peers: a plain loop over webdataset.ShardWriter, in one process and without checksums (how most
-people do it), GNU tar of the same files in the same order, and, where they are installed, litdata's optimize and
-MosaicML's MDSWriter. The files are dropped from the page cache before each run, which ends when all is on the disk.
-Prints medians in images/s and MB/s and the ratio to the loop.
+DIR holds train/WNID/*.JPEG, ideally a few thousand. Without --tree a stand-in is drawn, whose images are far smaller
+than ImageNet's. The peers: a plain loop over webdataset.ShardWriter, in one process and without checksums, GNU tar of
+the same files in the same order, and, where they are installed, litdata's optimize and MosaicML's MDSWriter; --other
+names another version of imagenet_shards.py. The files are dropped from the page cache before each run, unless --warm;
+a run ends when everything is on the disk. Prints medians in images/s and MB/s, the ratio to the loop, and CPU seconds.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import io
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -33,20 +34,16 @@ sys.path[:0] = [str(TOP), str(TOP / "tests")]
 
 from standin import make_tree  # noqa: E402
 
-import imagenet_shards  # noqa: E402
-
 
 def drop_from_cache(paths: list[Path]) -> None:
-    os.sync()
     for path in paths:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def ours(tree: Path, images: list[tuple[Path, int]], out: Path, workers: int) -> None:
+def convert(tree: Path, images: list[tuple[Path, int]], out: Path, workers: int, script: Path) -> None:
     flags = [f"--imagenet={tree}", f"--shards={out}", "--splits=train", "--maxsize=6e7", f"--workers={workers}"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert imagenet_shards.main(flags) == 0
+    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
 
 
 def loop(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
@@ -81,17 +78,20 @@ def mosaic(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
             writer.write(read_item(item))
 
 
-def seconds(write: Callable, tree: Path, images: list[tuple[Path, int]], out: Path) -> float:
-    """Until all is on the disk, in a process of its own, so that nobody starts with what another has imported."""
-    drop_from_cache([path for path, _ in images])
+def seconds(write: Callable, tree: Path, images: list[tuple[Path, int]], out: Path, warm: bool) -> tuple[float, float]:
+    """(Time until everything is on the disk, CPU time) in a process of its own."""
+    os.sync()
+    if not warm:
+        drop_from_cache([path for path, _ in images])
     context = multiprocessing.get_context("fork")
     answer = context.SimpleQueue()
 
     def run() -> None:
         begun = time.perf_counter()
         write(tree, images, out)
-        os.sync()  # all pay for the disk, not only who asks for it
-        answer.put(time.perf_counter() - begun)
+        os.sync()  # some programs sync by themselves; the others have to wait for the disk too
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        answer.put((time.perf_counter() - begun, sum(used.ru_utime + used.ru_stime for used in usage)))
 
     process = context.Process(target=run)
     process.start()
@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--tree", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", default="1,2")
+    parser.add_argument("--other", type=Path)
+    parser.add_argument("--warm", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tree = args.tree or Path(folder, "tree")
@@ -116,21 +118,25 @@ def main() -> None:
         images = [(path, classes.index(path.parent.name)) for path in paths]
         size = sum(path.stat().st_size for path in paths)
         rivals = {"a loop over ShardWriter": loop, "GNU tar": gnu_tar}
-        rivals |= {f"ours, {n} workers": partial(ours, workers=int(n)) for n in args.workers.split(",")}
+        for script in filter(None, (TOP / "imagenet_shards.py", args.other)):
+            name = "ours" if script != args.other else "other"
+            run = partial(convert, script=script)
+            rivals |= {f"{name}, {n} workers": partial(run, workers=int(n)) for n in args.workers.split(",")}
         rivals |= {"litdata optimize, 2 workers": litdata} if find_spec("litdata") else {}
         rivals |= {"MosaicML MDSWriter": mosaic} if find_spec("streaming") else {}
-        times: dict[str, list[float]] = {name: [] for name in rivals}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
         for _ in range(args.rounds):
             for name, write in rivals.items():
                 out = Path(folder, "out")
                 out.mkdir()
-                times[name].append(seconds(write, tree, images, out))
+                times[name].append(seconds(write, tree, images, out, args.warm))
                 shutil.rmtree(out)
         print(f"{len(images):,} images, {size / 1e6:,.0f} MB; {args.rounds} rounds, medians")
-        base = statistics.median(times["a loop over ShardWriter"])
+        base = statistics.median(took for took, _ in times["a loop over ShardWriter"])
         for name, found in times.items():
-            took = statistics.median(found)
-            print(f"{name:28} {len(images) / took:8,.0f} images/s {size / took / 1e6:7,.0f} MB/s {base / took:6.2f} ×")
+            took, cpu = (statistics.median(column) for column in zip(*found))
+            speed = f"{len(images) / took:8,.0f} images/s {size / took / 1e6:7,.0f} MB/s"
+            print(f"{name:28} {speed} {base / took:6.2f} × {cpu:6.1f} CPU s")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def trace(args: argparse.Namespace, reader: script.LoaderConfig, path: Path) -> 
 
     profile = Profile()
     model = script.make_model(args, reader.index, 0)
-    trainer_of(args, [profile, script.SigtermHandler(args.output / "last.ckpt")]).fit(model, datamodule=script.ImageNetData(reader, reader))
+    trainer = trainer_of(args, [profile, script.SigtermHandler(args.output / "last.ckpt")])
+    trainer.fit(model, datamodule=script.ImageNetData(reader, reader))
     profile.profile.export_chrome_trace(str(path))
     waits = sum(event.count for event in profile.profile.key_averages() if event.key in WAITS)
     print(f"{path}: 10 steps, which waited {waits} times for the device")
@@ -97,7 +98,7 @@ def main() -> None:
             index, True, args.batch_size, args.train_size, shuffle=args.shuffle, workers=args.workers or 2
         )
         if reader.steps < SKIP + STEPS:
-            raise SystemExit(f"step.py: an epoch has {reader.steps} batches, needs {SKIP + STEPS}; smaller --batch-size?")
+            raise SystemExit(f"step.py: an epoch has {reader.steps} batches, needs {SKIP + STEPS}; use a smaller batch")
         if own.trace:
             return trace(args, reader, own.trace)
         ways = {"bare": bare, "script": partial(trained, one_batch=True), "shards": partial(trained, one_batch=False)}

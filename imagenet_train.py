@@ -274,20 +274,25 @@ class Command:
         self.process = None
 
 
-COMMANDS = {"s3": "pipe:aws s3 cp s3://bucket/%s -", "gs": "pipe:gsutil cat gs://bucket/%s"}
+COMMANDS = {"s3": "aws s3 cp {} -", "gs": "gsutil -q cat {}"}  # what reads these URLs
+COMMANDS |= dict.fromkeys(["http", "https"], "curl -sSfL --connect-timeout 30 {}")  # from servers that have no ranges
+
+
+def as_command(prefix: str) -> str:
+    """The pipe:COMMAND that reads files under a URL. PermanentError if no command is known for its protocol."""
+    protocol = prefix.partition("://")[0]
+    if protocol not in COMMANDS:
+        raise PermanentError(f"{printable(prefix)}: cannot read {protocol}:// URLs; name a command: pipe:COMMAND %s")
+    return "pipe:" + COMMANDS[protocol].format(shlex.quote(locate(prefix, "%s")))
 
 
 def open_source(prefix: str, timeout: float) -> Folder | Web | Command:
     """What reads files under this prefix. timeout: seconds without a byte after which a read fails."""
-    if prefix.startswith("pipe:"):
-        return Command(prefix, timeout)
-    protocol = re.match(r"([a-z][a-z0-9+.-]*)://", prefix)
-    if not protocol:
-        return Folder(prefix, timeout)
-    if protocol[1] not in ("http", "https"):
-        command = COMMANDS.get(protocol[1], "pipe:COMMAND %s")
-        raise PermanentError(f"cannot read {protocol[0]} URLs; name a command that prints the file, such as {command}")
-    return Web(prefix, timeout)
+    if prefix.startswith(("http://", "https://")):
+        return Web(prefix, timeout)
+    if re.match(r"[a-z][a-z0-9+.-]*://", prefix):
+        prefix = as_command(prefix)
+    return Command(prefix, timeout) if prefix.startswith("pipe:") else Folder(prefix, timeout)
 
 
 def retry(read: Callable[[], Any], retries: int, stop: threading.Event | None = None) -> Any:
@@ -401,8 +406,8 @@ def parse_index(data: bytes, prefix: str) -> Index:
 
 def read_file(prefix: str, name: str, timeout: float) -> bytes:
     """A file of at most 64 MiB. TrainError names it."""
-    with naming(printable(locate(prefix, name))):
-        source = open_source(prefix, timeout)
+    source = open_source(prefix, timeout)
+    with naming(printable(locate(source.prefix, name))):
         try:
             return source.read(name)
         finally:
@@ -411,14 +416,13 @@ def read_file(prefix: str, name: str, timeout: float) -> bytes:
 
 
 def readable_prefix(prefix: str, name: str, timeout: float) -> str:
-    """The prefix; that of a web server which ignores ranges, tried with ten bytes of a file, as a command."""
-    if prefix.startswith(("http://", "https://")):
-        web = Web(prefix, timeout)
+    """The prefix; a URL without ranges as a command. Of a web server that is tried with ten bytes of a file."""
+    source = open_source(prefix, timeout)
+    if isinstance(source, Web):
         with naming(printable(locate(prefix, name))):
-            web.read(name, 0, 10)
-        if not web.ranges:
-            return f"pipe:curl -sSfL --connect-timeout 30 {shlex.quote(locate(prefix, '%s'))}"
-    return prefix
+            source.read(name, 0, 10)
+        return prefix if source.ranges else as_command(prefix)
+    return source.prefix
 
 
 def read_index(shards: str, split: str, retries: int = 0, timeout: float = 60, index: str | None = None) -> Index:

@@ -152,7 +152,7 @@ def test_any_model_with_the_shards_classes(name):
 
 WRONG = {
     "--shards=/nowhere": "--shards=/nowhere: no such folder; imagenet_shards.py makes it",
-    "--base=gs://bucket/x": "name a command",
+    "--base=az://bucket/x": "name a command",
     "--resume=/nowhere.ckpt": "--resume=/nowhere.ckpt: No such file or directory",
     "--resume=/etc/passwd": "--resume=/etc/passwd: not a checkpoint of this script",
     "--batch-size=61": "--batch-size=61 × 1 ranks: more than the 60 training images",

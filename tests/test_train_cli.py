@@ -117,12 +117,6 @@ def test_a_command_without_its_slash_is_shown_as_it_was_run(shards, tmp_path, ca
     assert f"pipe:{command}imagenet-train.json: the command failed with exit status" in line and said in line
 
 
-@pytest.mark.parametrize("scheme, command", [("s3", "pipe:aws s3 cp s3://bucket/%s -"), ("gs", "pipe:gsutil cat gs://")])
-def test_a_bucket_is_answered_with_its_command(tmp_path, capsys, scheme, command):
-    assert train(f"{scheme}://bucket/x", tmp_path) == 1
-    assert command in one_line(capsys)
-
-
 def test_one_class_is_refused(tmp_path, capsys):
     make_tree(tmp_path / "tree", train=4, val=2, classes=1)
     assert script.main([*SMALL, f"--imagenet={tmp_path}/tree", f"--output={tmp_path}/out"]) == 1

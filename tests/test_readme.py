@@ -399,7 +399,7 @@ MESSAGES: list[Callable[[Path, Path, Path], None]] = [
     message_of_an_unfinished_conversion, message_of_an_index_without_blocks, message_of_a_wrong_url,
     message_of_a_stall, message_of_other_bytes, message_of_a_killed_process, message_of_other_shards,
 ]  # fmt: skip
-ROWS = re.findall(r"^\| `(.*?)` \| .* \|$", README.partition("## Messages")[2], re.MULTILINE)
+ROWS = re.findall(r"^\| `(.*?)` \| .* \|$", README.partition("## Troubleshooting")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize("number", range(len(MESSAGES)), ids=[f.__name__ for f in MESSAGES])

@@ -26,7 +26,7 @@ RUNS = {
                   "--batch-size=4", "--workers=0", "--model=squeezenet1_1"],
                  r"\| 1 \| [\d.]+ \| [\d.]+ \| .*\n\| mean .* ± [\d.]+ \| [\d.]+ ± .*\ndifference of the means: [+-]"),
     "planning": ([], r"planning shards.*14\d shards.*\n.*loading the index"),
-    "order": (["--blocks=256", "--buffers=2000"],
+    "order": (["--blocks=256", "--buffers=2000", "--images=70000"],
               r"\| blocks of 256 \| \d+ \|\n\| whole shards .*\n[^$]*\| 1,024 \| 1.0\d+ \|"),
     "step": (["--shards={shards}", *SMALL, "--model=squeezenet1_1", "--batch-size=1", "--rounds=1"],
              r"bare +[\d.,]+ images/s .*\nscript .*\nshards +[\d.,]+ images/s"),

@@ -135,12 +135,13 @@ class Together(script.Loader):
         for rank in ranks:
             rank.epoch = self.epoch
         for pair in zip(*ranks):
-            self.epoch, self.done = ranks[0].epoch, ranks[0].done
+            self.advance()
             yield [torch.cat(part) for part in zip(*pair)]
 
 
 def train_together(data: script.ImageNetData) -> Together:
-    data.loader = Together(data.train)
+    if data.loader is None:
+        data.loader = Together(data.train, lightning_epoch=lambda: data.trainer.current_epoch)
     return data.loader
 
 

@@ -63,8 +63,8 @@ def test_the_devkit_changes_only_the_class_names(tree, shards, tmp_path, copy):
     torch.save(({wnid: (wnid, "two words") for wnid in wnids}, []), copy / "meta.bin")
     assert convert(copy, tmp_path / "out", "--maxcount=7") == 0
     for split in ("train", "val"):
-        name = f"imagenet-{split}.json"
-        ours, plain = (json.loads((folder / name).read_text()) for folder in (tmp_path / "out", shards))
+        folders = (tmp_path / "out", shards)
+        ours, plain = (json.loads((folder / f"imagenet-{split}.json").read_text()) for folder in folders)
         assert ours.pop("class_names") == [f"{wnid}, two words" for wnid in wnids] and plain.pop("class_names") is None
         assert ours == plain
     oracle = torchvision.datasets.ImageNet(copy, "val")
@@ -281,11 +281,11 @@ def test_a_shards_folder_that_cannot_be_made(tree, tmp_path, capsys):
     assert f"{tmp_path}/file" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode", "--workers=0.5",
-     "--resize=0.5", "--quality=96"],
-)
+@pytest.mark.parametrize("flag", [
+    "--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode", "--workers=0.5",
+    "--resize=0.5",
+    "--quality=96",
+])  # fmt: skip
 def test_bad_flags(tree, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         convert(tree, tmp_path, flag)

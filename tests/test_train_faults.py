@@ -80,6 +80,7 @@ def test_a_fault_that_passes_costs_nothing(blocks, server, name, kind, capsys):
     assert found(read_shard(index, retries=2, timeout=timeout(name))) == expected(blocks)
     if name not in HARMLESS:
         assert not server.faults[NAME]  # both were met
+    if name not in HARMLESS and kind == "ranges":  # a stream that breaks after its first block is opened again first
         assert "; retry 1 of 2" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,6 +168,7 @@ def test_weights_run_no_code(tmp_path):
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path, shards, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it reads the environment once
     assert run(shards, tmp_path / "out", *SMALL, "--weights=DEFAULT") == 1
     assert re.search("--weights=DEFAULT: .*[Cc]onnection refused", error_line(capsys))
 

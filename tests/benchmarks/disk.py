@@ -41,12 +41,13 @@ def read(work: Path, how: str) -> dict[str, float]:
     random.Random(0).shuffle(paths)
     index = imagenet_train.read_index(str(work / "data"), "train")
     reader = imagenet_train.LoaderConfig(index, True, batch=1, size=224)
-    pieces = imagenet_train.pieces_of(index.counts, True, 0, 0, 0, 1, 0, 1, 1)
+    order, blocks = imagenet_train.plan_reader(index, True, 0, 0, [reader.division], 0, 0)
     begun = time.perf_counter()
     if how == "files":
         sizes = [len(path.read_bytes()) for path in paths]
     else:
-        sizes = [len(sample["jpg"]) for sample in imagenet_train.read_pieces(pieces, reader, threading.Event())]
+        samples = imagenet_train.read_samples(order, blocks, reader, threading.Event())
+        sizes = [len(sample["jpg"]) for sample in samples]
     seconds = time.perf_counter() - begun
     if len(sizes) != len(paths):
         raise SystemExit(f"disk.py: {len(sizes)} images are read, expected {len(paths)}")

@@ -29,11 +29,11 @@ from imagenet_train import Block, Division, Index, batches_of, plan_reader, step
 TOTAL, SHARD, IMAGE = 1_281_167, 8_716, 115_000  # samples, samples, bytes
 
 
-def imagenet(block: int) -> Index:
-    """ImageNet's training split in blocks of `block` samples."""
+def imagenet(block: int, total: int) -> Index:
+    """A split of `total` samples in ImageNet's shards, in blocks of `block` samples."""
     blocks, names = [], []
-    for start in range(0, TOTAL, SHARD):
-        size = min(SHARD, TOTAL - start)
+    for start in range(0, total, SHARD):
+        size = min(SHARD, total - start)
         for place in range(0, size, block):
             count = min(block, size - place)
             blocks.append(Block(len(names), place * IMAGE, count * IMAGE, count, 0))
@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", default="16,64,256", help="samples in a block")
     parser.add_argument("--buffers", default="2000,4000", help="samples in a shuffle buffer")
+    parser.add_argument("--images", type=int, default=TOTAL, help="samples in the split (default: ImageNet's)")
     args = parser.parse_args()
     sizes, buffers = ([int(x) for x in text.split(",")] for text in (args.blocks, args.buffers))
 
@@ -92,17 +93,17 @@ def main() -> None:
     print("|---|" + "---|" * len(buffers))
     rows = [(f"blocks of {size}", True, size) for size in sizes] + [("whole shards (a command)", False, 64)]
     for name, seekable, size in rows:
-        index = imagenet(size)
+        index = imagenet(size, args.images)
         values = [meet_again(index, Division(seekable, 8, 8, 256, buffer)) for buffer in buffers]
         print(f"| {name} | " + " | ".join(f"{value:.0f}" for value in values) + " |", flush=True)
 
-    index = imagenet(64)
+    index = imagenet(64, args.images)
     print("\ntraffic: bytes read ÷ bytes of the shards\n| readers | ranges | a command |\n|---|---|---|")
     for world, workers in ((1, 8), (8, 8), (128, 8)):
         values = [traffic(index, Division(seekable, world, workers, 32, 0)) for seekable in (True, False)]
         print(f"| {world * workers:,} | {values[0]:.3f} | {values[1]:.2f} |", flush=True)
 
-    half = Division(True, 8, 8, 256, 2000, done=steps_of(TOTAL, True, 8, 256) // 2)
+    half = Division(True, 8, 8, 256, 2000, done=steps_of(args.images, True, 8, 256) // 2)
     print("\ntime of one reader's plan, CPU-seconds\n| readers | fresh | resumed with other settings |\n|---|---|---|")
     for world, workers in ((1, 1), (1, 8), (8, 8), (128, 8)):
         division = Division(True, world, workers, 256, 2000)

@@ -37,6 +37,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
 # ---------------------------------------------------------------- all files
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "command",
     ["shellcheck --external-sources run config.sh .ci/run", "hadolint Dockerfile", "ruff check ."]
@@ -47,6 +48,7 @@ def test_linters_report_nothing(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.quick
 def test_top_level_has_only_the_agreed_files():
     listed = call("git", "ls-files", "--cached", "--others", "--exclude-standard")
     assert listed.returncode == 0, listed.stderr
@@ -135,6 +137,7 @@ def test_entrypoint_runs_scripts_and_commands(command, expected, tmp_path):
 # ---------------------------------------------------------------- run, config.sh
 
 
+@pytest.mark.quick
 def test_help_lists_every_command():
     done = call("./run", "help")
     assert done.returncode == 0 and done.stderr == ""

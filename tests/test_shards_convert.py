@@ -23,6 +23,7 @@ import imagenet_shards as script
 # ---------------------------------------------------------------- the result
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_image_once_with_torchvisions_bytes_and_labels(tree, shards, split):
     oracle = torchvision.datasets.ImageFolder(tree / split)
@@ -257,6 +258,7 @@ def test_a_shards_folder_that_cannot_be_made(tree, tmp_path, capsys):
     assert f"{tmp_path}/file" in error and error.count("\n") == 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("flag", [
     "--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode", "--workers=0.5",
     "--resize=0.5",

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 import imagenet_shards as script
 
+pytestmark = pytest.mark.quick
+
 
 def tar_members(data: bytes) -> list[tuple[str, bytes]]:
     """(name, bytes) of a tar's members, read with Python's tarfile; the trailer may be missing."""

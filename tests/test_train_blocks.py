@@ -18,6 +18,8 @@ from reading import NAME, expected, found, read_shard
 
 import imagenet_train as script
 
+pytestmark = pytest.mark.quick
+
 
 def ustar(*members: tuple[str, bytes]) -> bytes:
     """A run of tar members, without the archive's trailer."""

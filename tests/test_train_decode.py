@@ -21,6 +21,8 @@ from imagenet_train import (
     shorten_jpeg,
 )
 
+pytestmark = pytest.mark.quick
+
 SIZES = [(500, 375), (333, 500), (256, 256), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 
 

@@ -51,6 +51,7 @@ def test_ranks_and_workers_get_exactly_the_planned_samples(unique, tmp_path, ran
 # ---------------------------------------------------------------- the command line, in this process
 
 
+@pytest.mark.quick
 def test_one_epoch(shards, tmp_path, capsys):
     assert train(f"pipe:cat {shards}/", tmp_path / "out", "--max-steps=4") == 0
     out = capsys.readouterr().out
@@ -133,6 +134,7 @@ WRONG = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("flag", WRONG)
 def test_wrong_input_gets_one_clear_line(shards, tmp_path, capsys, flag):
     assert train(shards, tmp_path / "out", flag) == 1
@@ -140,6 +142,7 @@ def test_wrong_input_gets_one_clear_line(shards, tmp_path, capsys, flag):
     assert len(error) == 1 and error[0].startswith("imagenet_train.py: ") and WRONG[flag] in error[0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "flag",
     ["--model=resnet1", "--batch-size=0", "--lr=-1", "--val-size=300", "--max-epochs=x", "--bogus", "--preview=x.jpg"],

@@ -43,6 +43,7 @@ def server(blocks):
         ("http://host/get?f=", "http://host/get?f=x.tar"),
     ],
 )
+@pytest.mark.quick
 def test_locate(prefix, place):
     assert locate(prefix, "x.tar") == place
 
@@ -57,6 +58,7 @@ def test_locate(prefix, place):
         ("pipe:cat a?b me@host", "pipe:cat a?b me@host"),
     ],
 )
+@pytest.mark.quick
 def test_messages_show_no_user_no_password_and_no_query(location, shown):
     assert printable(location) == shown
 

@@ -60,7 +60,7 @@ ELSEWHERE = {
     './run build --build-arg tools="gsutil awscli"': "test_run_container does it, where a container engine answers",
     next(command for command in COMMANDS if command.startswith("credentials=")):
     "test_run_container does it, where a container engine answers",
-    next(command for command in COMMANDS if "kubectl" in command): "needs a cluster; test_run_cluster runs what it makes",
+    next(command for command in COMMANDS if "kubectl" in command): "needs a cluster; see test_run_cluster",
 }  # fmt: skip
 FIRST = ["python3 ./imagenet_shards.py --imagenet=/data/imagenet", "python3 ./imagenet_train.py"]  # the desk's
 HERE = [command for command in COMMANDS if command not in (*ELSEWHERE, *FIRST)]

@@ -21,6 +21,8 @@ from imagenet_train import (
     used_samples,
 )  # fmt: skip
 
+pytestmark = pytest.mark.quick
+
 LAYOUTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=8)  # shards of blocks
 
 
@@ -88,8 +90,6 @@ def test_every_sample_is_used_by_one_reader(layout, training, epoch, division):
 @given(
     st.integers(1, 2_000_000), st.booleans(), st.integers(1, 1024), st.integers(0, 16), st.integers(1, 512), st.data()
 )
-
-pytestmark = pytest.mark.quick
 def test_readers_adjoin_on_the_line_at_any_scale(left, training, world, workers, batch, data):
     """A rank owns one run of the line, its workers runs of that, each of whole batches; ranks make equal steps."""
     division, rank = Division(True, world, max(1, workers), batch, 0), data.draw(st.integers(0, world - 1))

@@ -225,10 +225,11 @@ def test_container_gets_folders_user_memory_and_arguments_as_given(engine):
     assert "--tty" not in options and "--interactive" not in options
 
 
-def test_verify_is_not_given_the_imagenet_folder(engine):
+@pytest.mark.parametrize("task", ["--verify", "--index-only"])
+def test_what_reads_shards_is_given_no_imagenet(engine, task):
     _, run = engine
-    _, given = run("imagenet_shards.py", "--verify", "--decode", imagenet="nowhere")
-    assert given[-4:] == ["imagenet_shards.py", "--shards=/data", "--verify", "--decode"]
+    _, given = run("imagenet_shards.py", task, "--decode", imagenet="nowhere")
+    assert given[-4:] == ["imagenet_shards.py", "--shards=/data", task, "--decode"]
 
 
 def test_a_conversion_into_a_bucket_is_recorded_in_the_mounted_folder(engine):

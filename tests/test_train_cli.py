@@ -184,7 +184,7 @@ def test_errors_of_files_name_the_file(shards, tmp_path, capsys, monkeypatch):
     def fail(*args) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(script, "train", fail)
+    monkeypatch.setattr(script, "run_training", fail)
     assert train(shards, tmp_path / "out") == 1
     assert one_line(capsys) == "imagenet_train.py: [Errno 24] Too many open files"
 
@@ -211,7 +211,7 @@ def test_sigterm_without_a_checkpoint_does_not_claim_one(shards, tmp_path, capsy
     def stop(*args) -> None:
         raise script.SIGTERMException
 
-    monkeypatch.setattr(script, "train", stop)
+    monkeypatch.setattr(script, "run_training", stop)
     assert train(shards, tmp_path / "out") == 143
     assert one_line(capsys) == "imagenet_train.py: SIGTERM: there is no checkpoint yet"
 

@@ -499,6 +499,11 @@ def batches_of(steps: int, worker: int, workers: int) -> range:
     return range(first, first + steps // workers + (worker < steps % workers))
 
 
+def batches_done(worker: int, division: Division) -> int:
+    """How many of a rank's `done` batches one of its workers has made."""
+    return len(range(worker, division.done, division.workers))
+
+
 def positions_of(left: int, training: bool, division: Division, rank: int, worker: int) -> range:
     """The positions on the line of `left` samples that belong to one reader."""
     _, world, workers, batch, *_ = division
@@ -554,7 +559,7 @@ def used_samples(index: Index, seed: int, epoch: int, history: Sequence[Division
         line = Line(index, True, division.seekable, seed, epoch, bytes(used))
         for rank, worker in itertools.product(range(division.world), range(division.workers)):
             numbers = line.samples(positions_of(len(line), True, division, rank, worker))
-            taken = len(range(worker, division.done, division.workers)) * division.batch
+            taken = batches_done(worker, division) * division.batch
             for number in shuffled(numbers, division, seed, epoch, rank, worker)[:taken]:
                 used[number] = 1
     return used
@@ -580,7 +585,7 @@ def plan_reader(
     used = used_samples(index, seed, epoch, history[:-1])
     line = Line(index, training, division.seekable, seed, epoch, used)
     numbers = line.samples(positions_of(len(line), training, division, rank, worker))
-    taken = len(range(worker, division.done, division.workers)) * division.batch
+    taken = batches_done(worker, division) * division.batch
     order = shuffled(numbers, division, seed, epoch, rank, worker)[taken:]
     due = set(order)
     return order, list(dict.fromkeys(bisect.bisect_right(index.starts, n) - 1 for n in numbers if n in due))
@@ -675,6 +680,14 @@ def fetch_cached(read: Callable[[], bytes], config: LoaderConfig, block: Block, 
     return data
 
 
+IMAGES = ("jpg", "jpeg", "png")  # extensions of the members that hold a sample's image
+
+
+def image_bytes(sample: dict[str, Any]) -> bytes:
+    """The undecoded image of a sample."""
+    return next(sample[extension] for extension in IMAGES if extension in sample)
+
+
 def unpack(data: bytes, block: Block, index: Index) -> list[dict[str, Any]]:
     """The samples of a block, a run of tar members: {"__key__", "__url__", "cls", "jpg" …}, values bytes.
 
@@ -696,7 +709,7 @@ def unpack(data: bytes, block: Block, index: Index) -> list[dict[str, Any]]:
         if len(samples) != block.samples:
             raise ValueError(f"{len(samples)} samples, the index lists {block.samples}")
         for sample in samples:
-            if "cls" not in sample or not sample.keys() & {"jpg", "jpeg", "png"}:
+            if "cls" not in sample or not sample.keys() & {*IMAGES}:
                 raise ValueError(f"sample {sample['__key__']!r} has no image or no cls")
         return samples
     except (ValueError, tarfile.TarError) as error:
@@ -828,7 +841,7 @@ def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[to
         label = int(sample["cls"])
         if not 0 <= label < len(config.index.classes):
             raise ValueError(f"label {label}, but the index has {len(config.index.classes)} classes")
-        data = next(sample[extension] for extension in ("jpg", "jpeg", "png") if extension in sample)
+        data = image_bytes(sample)
         # The member's name may be wrong: n02105855_2933.JPEG is a PNG. This reads only the header.
         image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow would only warn, up to twice as many
@@ -912,7 +925,7 @@ class EpochDataset(IterableDataset):
         """One reader's batches of the rest of one epoch, as WebDataset stages."""
         config = replace(self.config, size=self.config.crop(epoch))
         order, blocks = plan_reader(config.index, config.training, config.seed, epoch, history, config.rank, worker)
-        made = len(range(worker, history[-1].done, history[-1].workers))
+        made = batches_done(worker, history[-1])
         steps = remaining_steps(config.index, config.training, history)
         count = len(batches_of(steps, worker, history[-1].workers)) - made - math.ceil(len(order) / config.batch)
         return wds.DataPipeline(
@@ -1535,7 +1548,7 @@ def preview(config: LoaderConfig, path: Path) -> None:
         if pixels is None:
             continue  # can't be decoded: training reports it
         left, top = position % columns * width + 8, position // columns * height + 4
-        data = next(sample[extension] for extension in ("jpg", "jpeg", "png") if extension in sample)
+        data = image_bytes(sample)
         original = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]).convert("RGB")
         box = random_crop(*original.size, random.Random(f"{config.seed}/0/{sample['__key__']}"))
         scale = size / max(original.size)
@@ -1807,8 +1820,7 @@ def make_cache(folder: Path | None) -> Path | None:
             tempfile.TemporaryFile(dir=folder).close()
         return folder
     except OSError as error:
-        text = f"imagenet_train.py: --cache={folder}: {error.strerror}; continuing without"
-        rank_zero_only(print)(text, file=sys.stderr)
+        rank_zero_only(warn)(f"--cache={folder}: {error.strerror}; continuing without")
         return None
 
 
@@ -1924,8 +1936,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not weights:
         raise TrainError(f"--evaluate --resume: no version_N/last.ckpt in {args.output}; name a checkpoint")
     folder, show = version_folder(args.output, None), rank_zero_only(print)
-    callbacks = [ProgressBar()]
-    trainer = make_trainer(args, folder, callbacks=callbacks, enable_checkpointing=False)
+    trainer = make_trainer(args, folder, callbacks=[ProgressBar()], enable_checkpointing=False)
     [config] = make_configs(args, [index], trainer)
     model = make_model(args, index, index.total, weights)
     device = f"{trainer.world_size} {trainer.strategy.root_device.type}, {trainer.precision}"
@@ -2005,7 +2016,7 @@ def main(argv: list[str] | None = None) -> int:
         message = f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
         message = f"{'SIGTERM' if sigterm else 'interrupted'}: {message}"
         status = 128 + (signal.SIGTERM if sigterm else signal.SIGINT)
-    print(f"imagenet_train.py: {message}", file=sys.stderr)
+    warn(message)
     return status
 
 

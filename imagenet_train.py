@@ -208,10 +208,13 @@ class Command:
 
     def __init__(self, prefix: str, timeout: float) -> None:
         self.prefix, self.timeout = prefix, timeout
-        self.name, self.position, self.process, self.closed = "", 0, None, False
+        self.name, self.position, self.closed = "", 0, False
+        self.process: subprocess.Popen | None = None
 
     def start(self, name: str) -> None:
-        self.stop()
+        if self.process:
+            kill(self.process)
+            self.process.stdout.close()
         self.name, self.position, self.messages = name, 0, tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             locate(self.prefix, name).removeprefix("pipe:"), shell=True, bufsize=0, stdin=subprocess.DEVNULL,
@@ -221,32 +224,26 @@ class Command:
         if self.closed:  # close() may have come before this process
             kill(self.process)
 
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes; fewer only at the output's end. TrainError if none come for `timeout` seconds."""
-        pipe, parts, end = self.process.stdout, [], self.position + count
-        poll = select.poll()
+    def take(self, offset: int, length: int) -> bytes:
+        """These bytes of the output; fewer only at its end. TrainError if none come for `timeout` seconds."""
+        pipe, parts, poll = self.process.stdout, [], select.poll()
         poll.register(pipe)
-        while self.position < end:
+        while self.position < offset + length:
             if not poll.poll(1000 * self.timeout):
                 raise TrainError(f"no byte for {self.timeout:g} s")
-            if not (data := pipe.read(min(end - self.position, 1 << 20))):
+            if not (data := pipe.read(min(offset + length - self.position, 1 << 20))):
                 break
-            parts.append(data)
+            parts.append(data[max(0, offset - self.position) :])  # what precedes is discarded
             self.position += len(data)
         return b"".join(parts)
-
-    def take_range(self, offset: int, length: int) -> bytes:
-        while self.position < offset and self.take(min(offset - self.position, 1 << 20)):
-            pass  # what precedes is discarded
-        return self.take(length)
 
     def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
         if self.process and name == self.name and self.position <= offset:
             with contextlib.suppress(TrainError):  # a server may close a connection that waited: not an error yet
-                if len(data := self.take_range(offset, length)) == length:
+                if len(data := self.take(offset, length)) == length:
                     return data
         self.start(name)
-        data = self.take_range(offset, length)
+        data = self.take(offset, length)
         if len(data) < length:
             try:
                 status = self.process.wait(self.timeout)
@@ -265,13 +262,6 @@ class Command:
         self.closed = True
         if self.process:
             kill(self.process)
-
-    def stop(self) -> None:
-        if self.process:
-            kill(self.process)
-            self.process.stdout.close()
-            self.messages.close()
-        self.process = None
 
 
 COMMANDS = {"s3": "aws s3 cp {} -", "gs": "gsutil -q cat {}"}  # what reads these URLs
@@ -377,31 +367,30 @@ def parse_index(data: bytes, prefix: str) -> Index:
         content = json.loads(data)
         if content["__kind__"] == "imagenet-conversion-not-finished":
             raise ValueError("the conversion is not finished; rerun imagenet_shards.py until it writes the index")
-        shards, classes, names = content["shardlist"], content["classes"], content.get("class_names")
+        shards, classes, class_names = content["shardlist"], content["classes"], content.get("class_names")
         if any("blocks" not in shard for shard in shards):
             command = f"python3 imagenet_shards.py --index-only --shards={printable(prefix)}"
             raise ValueError(f"the index lists no blocks; add them with: {command}")
-        columns = [[shard[key] for shard in shards] for key in ("url", "filesize", "sha256")]
+        names, sizes, checksums = ([shard[key] for shard in shards] for key in ("url", "filesize", "sha256"))
         blocks = [Block(number, *block) for number, shard in enumerate(shards) for block in shard["blocks"]]
-        index = Index(prefix, classes, *columns, blocks, names)
         # Names end up in a shell command and a path: only what imagenet_shards.py could have written is accepted.
-        invalid = [x for x in index.names if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar", x)]
-        invalid += [x for x in index.checksums if not re.fullmatch("[0-9a-f]{64}", x)]
-        invalid += [x for x in classes + (names or classes) if not isinstance(x, str)]
-        invalid += [x for x in index.sizes if type(x) is not int]
+        invalid: list[Any] = [x for x in names if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar", x)]
+        invalid += [x for x in checksums if not re.fullmatch("[0-9a-f]{64}", x)]
+        invalid += [x for x in classes + (class_names or classes) if not isinstance(x, str)]
+        invalid += [x for x in sizes if type(x) is not int]
         invalid += [b for b in blocks if any(type(x) is not int or not 0 <= x < 1 << 50 for x in b)]
         invalid += [b for b in blocks if not invalid and (not b.samples or b.length > 1 << 30)]
         if not invalid:
             ends = [block.offset + block.length for block in blocks]
-            invalid += [b for b, end in zip(blocks, ends) if end > index.sizes[b.shard]]
+            invalid += [b for b, end in zip(blocks, ends) if end > sizes[b.shard]]
             invalid += [b for a, b, end in zip(blocks, blocks[1:], ends) if a.shard == b.shard and b.offset != end]
     except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"expected an index, found {describe(data)}") from None
     if invalid:
         raise ValueError(f"the index holds an invalid value, {str(invalid[0])[:80]!r}")
-    if not classes or not blocks or len(set(index.names)) < len(shards) or len(names or classes) != len(classes):
+    if not classes or not blocks or len(set(names)) < len(shards) or len(class_names or classes) != len(classes):
         raise ValueError("the index lists no classes, no images, or a shard twice")
-    return index
+    return Index(prefix, classes, names, sizes, checksums, blocks, class_names)
 
 
 def read_file(prefix: str, name: str, timeout: float) -> bytes:
@@ -556,7 +545,7 @@ def used_samples(index: Index, seed: int, epoch: int, history: Sequence[Division
     """A 1 for every sample that all readers of these divisions have used of a training epoch."""
     used = bytearray(index.total)
     for division in history:
-        line = Line(index, True, division.seekable, seed, epoch, bytes(used))
+        line = Line(index, True, division.seekable, seed, epoch, used.copy())
         for rank, worker in itertools.product(range(division.world), range(division.workers)):
             numbers = line.samples(positions_of(len(line), True, division, rank, worker))
             taken = batches_done(worker, division) * division.batch
@@ -723,7 +712,7 @@ def read_ahead(fetch: Callable[[Any], bytes], blocks: Sequence[Any], ahead: int 
 
     def work() -> None:
         for block in blocks:
-            result = Future()
+            result: Future[bytes] = Future()
             try:
                 result.set_result(fetch(block))
             except BaseException as error:
@@ -749,7 +738,8 @@ def read_samples(
 
     blocks: those that hold them, in the order in which they are fetched.
     """
-    index, order, held = config.index, list(order), {}
+    index, order = config.index, list(order)
+    held: dict[int, dict[str, Any]] = {}
     due, source, stop = set(order), open_source(index.prefix, config.timeout), threading.Event()
 
     def fetch_block(number: int) -> bytes:
@@ -830,39 +820,55 @@ def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[torch.Tensor, int]:
-    """One sample as (uint8 [size, size, 3], label). TrainError names the shard and the key of what cannot be decoded.
+def open_image(data: bytes) -> Image.Image:
+    """A JPEG or PNG, whatever its name says (n02105855_2933.JPEG is a PNG). Only the header is read."""
+    image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow would only warn, up to twice as many
+        raise ValueError(f"{image.width} × {image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
+    return image
+
+
+def read_rgb(data: bytes) -> Image.Image:
+    """The decoded image, of greyscale and CMYK files too."""
+    image = open_image(data)
+    return image if image.mode == "RGB" else image.convert("RGB")  # an RGB image it would only copy
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """uint8 [H, W, 3]."""
+    return torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def train_image(data: bytes, config: LoaderConfig, rng: random.Random) -> torch.Tensor:
+    """A random crop, mirrored at random: uint8 [size, size, 3].
 
     Another augmentation goes here. Draw its parameters from `rng`, a function of (seed, epoch, key): then an image gets
-    the same ones whoever decodes it, also after a resume. For another data set change how image and label are read.
+    the same ones whoever decodes it, also after a resume.
     """
-    size = config.size
+    box = random_crop(*open_image(data).size, rng)
+    crop = read_rgb(shorten_jpeg(data, box[3])).crop(box)
+    pixels = resize_pixels(pixels_of(crop), config.size)
+    return pixels.flip(1) if rng.random() < 0.5 else pixels
+
+
+def val_image(data: bytes, config: LoaderConfig) -> torch.Tensor:
+    """The image's middle, as torchvision's Resize and CenterCrop make it: uint8 [size, size, 3]."""
+    image = read_rgb(data)
+    box = center_crop(*image.size, config.size, config.resize)
+    return pixels_of(image.resize((config.size, config.size), Image.Resampling.BILINEAR, box=box))
+
+
+def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[torch.Tensor, int]:
+    """One sample as (uint8 [size, size, 3], label); for another data set change how the two are read from it.
+
+    TrainError names the shard and the key of a sample that cannot be decoded.
+    """
     try:
         label = int(sample["cls"])
         if not 0 <= label < len(config.index.classes):
             raise ValueError(f"label {label}, but the index has {len(config.index.classes)} classes")
-        data = image_bytes(sample)
-        # The member's name may be wrong: n02105855_2933.JPEG is a PNG. This reads only the header.
-        image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow would only warn, up to twice as many
-            raise ValueError(f"{image.width} × {image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
-        if config.training:
-            rng = random.Random(f"{config.seed}/{epoch}/{sample['__key__']}")
-            box = random_crop(*image.size, rng)
-            if (short := shorten_jpeg(data, box[3])) is not data:
-                image = Image.open(io.BytesIO(short), formats=["JPEG"])
-        if image.mode != "RGB":
-            image = image.convert("RGB")  # greyscale and CMYK; an RGB image it would only copy
-        if config.training:
-            image = image.crop(box)
-        else:
-            box = center_crop(*image.size, size, config.resize)
-            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
-        if config.training:
-            pixels = resize_pixels(pixels, size)
-            pixels = pixels.flip(1) if rng.random() < 0.5 else pixels
-        return pixels, label
+        data, rng = image_bytes(sample), random.Random(f"{config.seed}/{epoch}/{sample['__key__']}")
+        return train_image(data, config, rng) if config.training else val_image(data, config), label
     except Exception as error:  # Pillow raises many kinds on bad bytes
         raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {reason(error)}") from None
 
@@ -1100,10 +1106,6 @@ class Loader:
             f"{again / 1e6:,.1f} MB are read again"
         )
 
-    def close(self) -> None:
-        """End the loader processes."""
-        self.batches = None
-
 
 class ImageNetData(pl.LightningDataModule):
     """The loaders of both splits, for this rank.
@@ -1142,7 +1144,7 @@ class ImageNetData(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         if self.loader:
-            self.loader.close()
+            self.loader.batches = None  # ends the loader processes
 
 
 # ---------------------------------------------------------------- batches → gradients
@@ -1441,7 +1443,7 @@ class SigtermHandler(pl.Callback):
     def sync(self, trainer: pl.Trainer, *args) -> None:
         """After each step: SIGTERMException, on all ranks, if SIGTERM had reached any of them by the previous step."""
         self.steps += 1
-        requested = self.requested
+        requested: int = self.requested
         if trainer.world_size > 1:
             store, key = torch.distributed.distributed_c10d._get_default_store(), "sigterm/{}".format
             count = store.add(key(self.steps), 1 + (requested << 32))  # the lower half counts ranks
@@ -1548,15 +1550,15 @@ def preview(config: LoaderConfig, path: Path) -> None:
         if pixels is None:
             continue  # can't be decoded: training reports it
         left, top = position % columns * width + 8, position // columns * height + 4
-        data = image_bytes(sample)
-        original = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]).convert("RGB")
+        original = read_rgb(image_bytes(sample))
         box = random_crop(*original.size, random.Random(f"{config.seed}/0/{sample['__key__']}"))
         scale = size / max(original.size)
         original = original.resize([max(1, round(scale * side)) for side in original.size])
         ImageDraw.Draw(original).rectangle([round(scale * edge) for edge in box], outline="red", width=2)
         sheet.paste(original, (left + (size - original.width) // 2, top + (size - original.height) // 2))
         sheet.paste(Image.fromarray(pixels.numpy()), (left + size + 2, top))
-        draw.text((left, top + size + 4), f"{label}  {names[label].split(',')[0]}"[: size // 4], "black", font_size=14)
+        text = f"{label}  {names[int(label)].split(',')[0]}"[: size // 4]
+        draw.text((left, top + size + 4), text, "black", font_size=14)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     print(f"{path}: {len(samples)} images of the first training batch, each beside what the model sees, {size} px")
@@ -1968,12 +1970,12 @@ def run_training(args: argparse.Namespace) -> None:
     if args.resume == "" and not checkpoint:
         show(f"--resume: no version_N/last.ckpt in {args.output} yet; starting from the beginning")
     trainer = make_trainer(args, folder)
-    configs = make_configs(args, indexes, trainer)
+    train, validation = make_configs(args, indexes, trainer)
     files = "files" if index.tree else "shards"
     show(
-        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {configs[0].workers} workers, "
+        f"{args.model} on {trainer.world_size} {trainer.strategy.root_device.type} × {train.workers} workers, "
         f"{trainer.precision}: {index.total:,} train images in {len(index.names):,} {files}, "
-        f"{val.total:,} val in {len(val.names):,}, {len(index.classes)} classes; {configs[0].steps:,} batches of "
+        f"{val.total:,} val in {len(val.names):,}, {len(index.classes)} classes; {train.steps:,} batches of "
         f"{args.batch_size} × {trainer.world_size} an epoch; from {args.imagenet or args.shards}"
     )
     pl.seed_everything(args.seed, verbose=False)
@@ -1981,7 +1983,7 @@ def run_training(args: argparse.Namespace) -> None:
     if trainer.is_global_zero:  # as late as this: a failed check leaves no folder. The folder of another run is refused
         folder.mkdir(parents=True, exist_ok=bool(checkpoint) and folder.resolve() == checkpoint.parent.resolve())
     trainer.loggers = make_loggers(folder)
-    trainer.fit(model, datamodule=ImageNetData(*configs), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(model, datamodule=ImageNetData(train, validation), ckpt_path=checkpoint, weights_only=True)
     export(folder, args)
 
 

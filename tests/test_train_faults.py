@@ -312,7 +312,7 @@ def test_a_command_that_may_not_be_killed_is_left(monkeypatch):
     source = script.open_source("pipe:echo ", 5)
     assert source.read("x") == b"x\n"
     monkeypatch.setattr(script.os, "killpg", refuse)
-    source.stop()
+    source.close()
 
 
 def test_a_slow_reader_is_not_a_stalled_command(blocks):

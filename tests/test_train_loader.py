@@ -72,7 +72,7 @@ def test_epochs_follow_each_other_from_the_same_processes(unique, workers, sourc
         batches = labels_of(loader)
         assert batches == labels_of(fresh) and [len(batch) for batch in batches] == [BATCH] * (TRAIN_IMAGES // BATCH)
         assert len({label for batch in batches for label in batch}) == TRAIN_IMAGES // BATCH * BATCH
-        fresh.close()
+        fresh.batches = None
         processes |= {process.pid for process in multiprocessing.active_children()}
     assert len(processes) <= workers * 4  # the loader's own, and those of three fresh ones
     with pytest.raises(StopIteration):

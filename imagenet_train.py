@@ -51,6 +51,7 @@ import re
 import select
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -791,26 +792,34 @@ def center_crop(width: int, height: int, size: int, resize: int) -> tuple[float,
     return left * width / w, top * height / h, (left + size) * width / w, (top + size) * height / h
 
 
-def shorten_jpeg(data: bytes, bottom: int) -> bytes:
-    """The file; a JPEG with a smaller height in its header, so that its decoder stops soon below row `bottom`.
+def jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """(width, height, position of the height's two bytes) of a JPEG in one scan, as nearly all are, from its header.
 
-    The rows above it are decoded alike. On average a seventh of an image's rows are below its crop.
-    A file of several scans (progressive), or without its end, is returned as it is.
+    None for others: progressive, incomplete or damaged files, other formats, and more pixels than Pillow allows.
     """
-    at, height_at = 2, 0
+    at, frame = 2, None
     if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-1024:]:
-        return data
+        return None
     while at + 10 <= len(data) and data[at] == 0xFF != data[at + 1]:  # ITU T.81, B.1: marker, length, content
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in (0xC0, 0xC1):  # the header of a sequential image: precision, height, width, components
-            height_at, height, components = at + 5, int.from_bytes(data[at + 5 : at + 7], "big"), data[at + 9]
+        if marker in (0xC0, 0xC1):  # the header of a sequential image
+            height, width, components = struct.unpack_from(">HHB", data, at + 5)
+            frame = (width, height, at + 5) if 0 < width * height <= Image.MAX_IMAGE_PIXELS else None
         if marker == 0xDA:  # pixels begin; in one scan, if it has all components
-            if height_at and data[at + 4] == components and bottom + 2 < height:
-                # 2 more: the last rows' colours are interpolated from both sides.
-                return data[:height_at] + (bottom + 2).to_bytes(2, "big") + data[height_at + 2 :]
-            break
+            return frame if frame and data[at + 4] == components else None
         at += 2 + length
-    return data
+    return None
+
+
+def shorten_jpeg(file: io.BytesIO, frame: tuple[int, int, int], bottom: int) -> None:
+    """Write a smaller height into a JPEG's header, so that its decoder stops soon below row `bottom`.
+
+    The rows above it are decoded alike. On average a seventh of an image's rows are below its crop.
+    """
+    _, height, height_at = frame
+    if bottom + 2 < height:  # 2 more: the last rows' colours are interpolated from both sides
+        file.seek(height_at)
+        file.write((bottom + 2).to_bytes(2, "big"))
 
 
 def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -820,17 +829,17 @@ def resize_pixels(pixels: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(file: io.BytesIO) -> Image.Image:
     """A JPEG or PNG, whatever its name says (n02105855_2933.JPEG is a PNG). Only the header is read."""
-    image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
+    image = Image.open(file, formats=["JPEG", "PNG"])
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow would only warn, up to twice as many
         raise ValueError(f"{image.width} × {image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} allowed")
     return image
 
 
-def read_rgb(data: bytes) -> Image.Image:
+def read_rgb(file: io.BytesIO) -> Image.Image:
     """The decoded image, of greyscale and CMYK files too."""
-    image = open_image(data)
+    image = open_image(file)
     return image if image.mode == "RGB" else image.convert("RGB")  # an RGB image it would only copy
 
 
@@ -845,15 +854,18 @@ def train_image(data: bytes, config: LoaderConfig, rng: random.Random) -> torch.
     Another augmentation goes here. Draw its parameters from `rng`, a function of (seed, epoch, key): then an image gets
     the same ones whoever decodes it, also after a resume.
     """
-    box = random_crop(*open_image(data).size, rng)
-    crop = read_rgb(shorten_jpeg(data, box[3])).crop(box)
-    pixels = resize_pixels(pixels_of(crop), config.size)
+    file, frame = io.BytesIO(data), jpeg_frame(data)
+    width, height = frame[:2] if frame else open_image(file).size  # 0.03 ms more
+    box = random_crop(width, height, rng)
+    if frame:
+        shorten_jpeg(file, frame, box[3])
+    pixels = resize_pixels(pixels_of(read_rgb(file).crop(box)), config.size)
     return pixels.flip(1) if rng.random() < 0.5 else pixels
 
 
 def val_image(data: bytes, config: LoaderConfig) -> torch.Tensor:
     """The image's middle, as torchvision's Resize and CenterCrop make it: uint8 [size, size, 3]."""
-    image = read_rgb(data)
+    image = read_rgb(io.BytesIO(data))
     box = center_crop(*image.size, config.size, config.resize)
     return pixels_of(image.resize((config.size, config.size), Image.Resampling.BILINEAR, box=box))
 
@@ -1550,7 +1562,7 @@ def preview(config: LoaderConfig, path: Path) -> None:
         if pixels is None:
             continue  # can't be decoded: training reports it
         left, top = position % columns * width + 8, position // columns * height + 4
-        original = read_rgb(image_bytes(sample))
+        original = read_rgb(io.BytesIO(image_bytes(sample)))
         box = random_crop(*original.size, random.Random(f"{config.seed}/0/{sample['__key__']}"))
         scale = size / max(original.size)
         original = original.resize([max(1, round(scale * side)) for side in original.size])
@@ -1633,12 +1645,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line instead of a page of usage, and names the nearest known flag."""
+
     def error(self, message: str) -> NoReturn:
-        """One line instead of a page of usage."""
         self.exit(2, f"imagenet_train.py: {message}\n")
 
     def parse_all(self, argv: list[str] | None) -> argparse.Namespace:
-        """As parse_args(), but an unknown flag is answered with the nearest known one."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
@@ -1663,6 +1675,7 @@ RECIPES: dict[str, dict[str, float]] = {
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the images are and how they are loaded."""
     count, whole, pixels = bounded(int, 1), bounded(int, 0), bounded(int, 16, 4096)
     data = parser.add_argument_group("data")
     add = data.add_mutually_exclusive_group().add_argument
@@ -1692,6 +1705,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the model, its training and its output."""
     count, whole, real = bounded(int, 1), bounded(int, 0), bounded(float, 0)
     add = parser.add_argument_group("model and recipe").add_argument
     add("--recipe", choices=RECIPES, default="90",
@@ -1729,6 +1743,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags' values; exits with status 2 if they are not valid."""
     parser = Parser(
         description="Train a torchvision model on ImageNet from WebDataset shards.", formatter_class=Help,
         allow_abbrev=False,
@@ -1988,6 +2003,7 @@ def run_training(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run, and return the exit status: 0, 1 after an error, 128 + the signal's number after ^C or SIGTERM."""
     args = parse_args(argv)
     for name in ("pytorch_lightning", "lightning_fabric"):  # their tips; warnings still come through
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -48,6 +48,7 @@ LINES = (
     r"loader alone +[\d,.]+ images/s, [\d,.]+ MB/s read\n"
     r"step alone +[\d,.]+ images/s, with a batch that is on cpu already\n"
     r"both together +[\d,.]+ images/s, \d+% of the slower one\n"
+    r"memory +[\d.]*[1-9][\d.]* GB in the main process, [\d.]*[1-9][\d.]* GB in a loader process\n"
     r"(step|input)-bound: .*\n$"
 )
 

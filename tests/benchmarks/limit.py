@@ -7,6 +7,7 @@ Out: images/s of all ranks, with the same model, precision and loader as in trai
   loader alone    batches that nobody trains on
   step alone      imagenet_train.py's own trainer on one batch that is already on the device
   both together   imagenet_train.py's own trainer on its loader's batches
+the largest amounts of memory, of one rank and of one loader process with all that it shares with others,
 and one line that says which of the two limits, and how many workers would be enough.
 """
 
@@ -17,6 +18,7 @@ import itertools
 import math
 import os
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -133,10 +135,13 @@ def measure(args: argparse.Namespace, config: script.LoaderConfig, steps: int, c
     both = images / timed_fit(args, config, skip, count, one_batch=False)[0]
 
     device = trainer.strategy.root_device.type
+    here, loader = (resource.getrusage(who).ru_maxrss / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    memory = f"{torch.cuda.max_memory_allocated() / 1e9:,.2f} GB on the GPU, " if device == "cuda" else ""
     rank_zero_only(print)(
         f"loader alone   {load:9,.1f} images/s, {load * image_bytes(config.index) / 1e6:,.1f} MB/s read\n"
         f"step alone     {step:9,.1f} images/s, with a batch that is on {device} already\n"
         f"both together  {both:9,.1f} images/s, {both / min(load, step):.0%} of the slower one\n"
+        f"memory          {memory}{here:,.2f} GB in the main process, {loader:,.2f} GB in a loader process\n"
         f"{verdict(load, step, config.workers, cores, device)}"
     )
 

@@ -39,11 +39,9 @@ import threading
 import time
 import uuid
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -286,11 +284,10 @@ def make_plan(
 # ---------------------------------------------------------------- worker processes
 
 stop: Any = None  # in worker processes: shared memory, without a lock that a killed worker could leave locked
-commands: set[int] = set()  # process groups of the commands that run
 
 
 def check_stop() -> None:
-    """Raise KeyboardInterrupt in a worker if another one failed or the user pressed ^C."""
+    """Raise KeyboardInterrupt in a worker if the user pressed ^C, or another worker or the main process ended."""
     if stop and stop.value:
         raise KeyboardInterrupt
 
@@ -300,13 +297,11 @@ def start_worker(shared: Any) -> None:
     global stop
     stop = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
 
     def watch() -> None:
-        wait_for_any([parent])
-        for group in list(commands):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+        multiprocessing.parent_process().join()
+        stop.value = 1
+        time.sleep(2)  # in which jobs end their commands and remove their temporary files
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -314,28 +309,20 @@ def start_worker(shared: Any) -> None:
 
 def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
     """Call function(*jobs[key]) for each key in `workers` processes; yield (key, future) of those that end."""
-    shared, waiting, running = multiprocessing.RawValue("b", 0), deque(jobs), {}
+    shared = multiprocessing.RawValue("b", 0)
     # Python's own handler raises KeyboardInterrupt anywhere, and loses it while a process is forked.
     handler = signal.signal(signal.SIGINT, lambda *_: setattr(shared, "value", 1))
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[shared]) as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    key = waiting.popleft()
-                    running[pool.submit(function, *jobs[key])] = key
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                if shared.value:
-                    raise KeyboardInterrupt
-                for future in done:
-                    if isinstance(error := future.exception(), BrokenProcessPool):
-                        raise error
-                    yield running.pop(future), future
-        except BrokenProcessPool:
-            advice = "rerun with fewer --workers; finished shards are kept"
-            raise ShardError(f"a worker process was killed (out of memory?); {advice}") from None
-        finally:
-            shared.value = 1
-            signal.signal(signal.SIGINT, handler)
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=[shared])
+    try:
+        keys = {pool.submit(function, *job): key for key, job in jobs.items()}
+        for future in as_completed(keys):
+            if shared.value:
+                raise KeyboardInterrupt
+            yield keys[future], future
+    finally:
+        shared.value = 1
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
 
 
 # ---------------------------------------------------------------- URL → bytes, bytes → URL
@@ -372,27 +359,24 @@ def try_command(command: str, file: BinaryIO, output: bool, timeout: float) -> s
     with tempfile.TemporaryFile() as messages:
         files = {"stdin": subprocess.DEVNULL, "stdout": file} if output else {"stdin": file, "stdout": messages}
         process = subprocess.Popen(command, shell=True, stderr=messages, start_new_session=True, **files)
-        commands.add(process.pid)
+        position, deadline = 0, time.monotonic() + timeout
         try:
-            position, deadline, problem = 0, time.monotonic() + timeout, ""
-            while process.poll() is None and not problem:
+            while (status := process.poll()) is None and time.monotonic() < deadline:
                 check_stop()
                 if position != (position := os.lseek(file.fileno(), 0, os.SEEK_CUR)):  # the command moves it
                     deadline = time.monotonic() + timeout
-                problem = f"no progress for {timeout:g} s" if time.monotonic() > deadline else ""
                 time.sleep(0.02)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-            commands.discard(process.pid)
-        if not problem and status:
-            problem = f"failed with exit status {status}"
-        elif not problem and not output and os.lseek(file.fileno(), 0, os.SEEK_CUR) < size:
-            problem = "exit status 0 before it had read all of its input"
+            process.wait()
+        if status == 0 and (output or os.lseek(file.fileno(), 0, os.SEEK_CUR) == size):
+            return ""
         messages.seek(0)
         text = " ".join(messages.read().decode(errors="replace").split())[-300:]
-    return f"{problem}: {text}" if problem and text else problem
+    problem = f"failed with exit status {status}" if status else "exit status 0 before it had read all of its input"
+    problem = f"no progress for {timeout:g} s" if status is None else problem
+    return f"{problem}: {text}" if text else problem
 
 
 def run_command(target: Target, command: str, file: BinaryIO, output: bool) -> None:
@@ -503,50 +487,65 @@ def resize_image(data: bytes, pixels: int, quality: int) -> bytes:
     return stream.getvalue()
 
 
-class ShardDigest:
-    """Size, SHA-256 and blocks of a shard, from its bytes in order; writes them to a file if there is one."""
-
-    def __init__(self, file: BinaryIO | None = None) -> None:
-        self.file, self.size, self.sha256, self.crc32 = file, 0, hashlib.sha256(), 0
-        self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]; without gaps, from offset 0
-        self.ends: deque[tuple[int, int]] = deque()  # (end, samples) of blocks whose last bytes have not passed yet
-
-    def write(self, data: bytes) -> None:
-        if self.file:
-            self.file.write(data)
-        self.sha256.update(data)
-        view = memoryview(data)
-        while self.ends and self.ends[0][0] <= self.size + len(view):
-            end, samples = self.ends.popleft()
-            offset = self.blocks[-1][0] + self.blocks[-1][1] if self.blocks else 0
-            self.blocks.append([offset, end - offset, samples, zlib.crc32(view[: end - self.size], self.crc32)])
-            self.size, self.crc32, view = end, 0, view[end - self.size :]
-        self.size, self.crc32 = self.size + len(view), zlib.crc32(view, self.crc32)
-
-    def entry(self, name: str) -> dict[str, Any]:
-        """The shard's entry in the index, once all bytes have passed."""
-        counts = {"nsamples": sum(samples for _, _, samples, _ in self.blocks), "filesize": self.size}
-        return {"url": name} | counts | {"sha256": self.sha256.hexdigest(), "blocks": self.blocks}
-
-
-def read_ahead(paths: Iterable[Path], number: int = 16) -> Iterator[bytes]:
+def read_ahead(paths: list[Path], number: int = 16) -> Iterator[bytes]:
     """The files' bytes, in order. The kernel fetches `number` of them ahead, which keeps a disk busy."""
-    ahead: deque[BinaryIO] = deque()
-    try:
-        for path in itertools.chain(paths, [None] * number):
-            if path:
-                ahead.append(open(path, "rb", buffering=0))
-                if hasattr(os, "posix_fadvise"):  # macOS lacks it
-                    os.posix_fadvise(ahead[-1].fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            if ahead and (not path or len(ahead) > number):
-                with ahead.popleft() as file:
-                    path = file.name
-                    yield file.read()
-    except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}; fix it and rerun") from None
-    finally:
-        for file in ahead:
-            file.close()
+    for path, later in itertools.zip_longest(paths, paths[number:]):
+        try:
+            if later and hasattr(os, "posix_fadvise"):  # macOS lacks it
+                with open(later, "rb", buffering=0) as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            data = path.read_bytes()
+        except OSError as error:
+            raise ShardError(f"{error.filename or path}: {error.strerror}; fix it and rerun") from None
+        yield data
+
+
+def make_samples(plan: Plan, images: list[Image], invalid: list[list[str]]) -> Iterator[dict[str, Any]]:
+    """WebDataset's samples of these images. Those of invalid images are left out; [path, problem] tells of each."""
+    resize = plan.recipe["resize"]
+    for image, data in zip(images, read_ahead([plan.root / image.path for image in images])):
+        check_stop()
+        if len(data) != image.size:
+            problem = f"{len(data)} bytes, but {image.size} when listed; do not change the tree and rerun"
+            raise ShardError(f"{plan.root / image.path}: {problem}")
+        try:
+            validate_image(data)
+            jpg = resize_image(data, *resize[:2]) if resize else data
+        except ValueError as error:
+            invalid.append([image.path, str(error)])
+        else:
+            yield {"__key__": image.key, "jpg": jpg, "cls": image.label}
+
+
+def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[tuple[memoryview, int]]:
+    """A tar file of these samples, a block at a time: (bytes, number of samples). The trailer comes last, with none."""
+    size = 0
+    while block := list(itertools.islice(samples, block_size)):
+        stream = io.BytesIO()
+        # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
+        with wds.TarWriter(stream, mtime=0) as tar:
+            tar.tarstream.copybufsize = tar.tarstream.fileobj.bufsize = 1 << 16  # faster than with 10 KiB
+            for sample in block:
+                tar.write(sample)
+            end = tar.tarstream.offset  # without this block's own trailer
+        size += end
+        yield stream.getbuffer()[:end], len(block)
+    yield memoryview(bytes(1024 + -(size + 1024) % tarfile.RECORDSIZE)), 0
+
+
+def make_entry(name: str, blocks: Iterable[tuple[bytes, int]], file: BinaryIO | None = None) -> dict[str, Any]:
+    """A shard's entry in the index, from its bytes as make_blocks() has them; writes them to a file if there is one."""
+    sha256, size, listed = hashlib.sha256(), 0, []
+    for data, samples in blocks:
+        check_stop()
+        if file:
+            file.write(data)
+        if samples:
+            listed.append([size, len(data), samples, zlib.crc32(data)])
+        sha256.update(data)
+        size += len(data)
+    counts = {"nsamples": sum(samples for _, _, samples, _ in listed), "filesize": size}
+    return {"url": name} | counts | {"sha256": sha256.hexdigest(), "blocks": listed}
 
 
 class InvalidImages(Exception):
@@ -558,33 +557,12 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
 
     InvalidImages if there are any and they are not to be skipped: all images are read, but no shard is stored.
     """
-    name, block_size, resize = SHARD_NAME.format(plan.split, number), plan.recipe["block_size"], plan.recipe["resize"]
-    skipped, samples = [], 0
+    name, invalid = SHARD_NAME.format(plan.split, number), []
     with open_writer(target, target.locate(name)) as file:
-        digest = ShardDigest(file)
-        # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
-        with wds.TarWriter(digest, mtime=0) as tar:
-            tar.tarstream.copybufsize = tar.tarstream.fileobj.bufsize = 1 << 16  # 1.1 times as fast as with 10 KiB
-            for image, data in zip(images, read_ahead(plan.root / image.path for image in images)):
-                check_stop()
-                if len(data) != image.size:
-                    problem = f"{len(data)} bytes, but {image.size} when listed; do not change the tree and rerun"
-                    raise ShardError(f"{plan.root / image.path}: {problem}")
-                try:
-                    validate_image(data)
-                    jpg = resize_image(data, *resize[:2]) if resize else data
-                except ValueError as error:
-                    skipped.append([image.path, str(error)])
-                    continue
-                tar.write({"__key__": image.key, "jpg": jpg, "cls": image.label})
-                samples += 1
-                if samples % block_size == 0:
-                    digest.ends.append((tar.tarstream.offset, block_size))
-            if samples % block_size:
-                digest.ends.append((tar.tarstream.offset, samples % block_size))
-        if skipped and not skip_invalid:
-            raise InvalidImages(skipped)
-    return digest.entry(name) | ({"skipped": skipped} if skipped else {})
+        entry = make_entry(name, make_blocks(make_samples(plan, images, invalid), plan.recipe["block_size"]), file)
+        if invalid and not skip_invalid:
+            raise InvalidImages(invalid)
+    return entry | ({"skipped": invalid} if invalid else {})
 
 
 # ---------------------------------------------------------------- plan → all shards and the index
@@ -750,36 +728,40 @@ def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> i
     return int(sample["cls"])
 
 
+def read_blocks(file: BinaryIO, ends: list[int], block_size: int) -> Iterator[tuple[bytes, int]]:
+    """A shard's bytes as make_blocks() has them, from the positions where its samples end."""
+    file.seek(0)
+    for number in range(0, len(ends), block_size):
+        block = ends[number : number + block_size]
+        yield file.read(block[-1] - file.tell()), len(block)
+    while data := file.read(1 << 20):
+        yield data, 0
+
+
 def read_shard(
     target: Target, name: str, block_size: int, classes: int | None, decode: bool
 ) -> tuple[dict[str, Any], list[str], int, list[str]]:
     """Read a shard to its end: (its entry in the index, keys, highest label, problems)."""
-    keys, highest, problems, end, digest = [], -1, [], 0, ShardDigest()
+    keys, ends, highest, problems = [], [], -1, []
     with open_reader(target, target.locate(name)) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for key, sample, end in read_samples(tar):
                     check_stop()
                     keys.append(key)
-                    if len(keys) % block_size == 0:
-                        digest.ends.append((end, block_size))
+                    ends.append(end)
                     try:
                         highest = max(highest, read_label(sample, classes, decode))
                     except ValueError as error:
                         problems.append(f"{key}: {error}")
         except tarfile.TarError as error:
             problems.append(str(error))
-        if len(keys) % block_size:
-            digest.ends.append((end, len(keys) % block_size))
-        file.seek(end)
+        file.seek(max(ends, default=0))
         trailer = file.read(1 << 20)
         if not problems and (len(trailer) < 1024 or trailer.strip(b"\0")):  # tarfile ends at a damaged header
             problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
-        file.seek(0)
-        while data := file.read(1 << 20):
-            check_stop()
-            digest.write(data)
-    return digest.entry(name), keys, highest, problems
+        entry = make_entry(name, read_blocks(file, ends, block_size))
+    return entry, keys, highest, problems
 
 
 def read_shards(
@@ -1000,6 +982,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ShardError, OSError) as error:
         problem = error if isinstance(error, ShardError) else f"{error.filename or args.shards}: {error.strerror}"
         print(f"imagenet_shards.py: {problem}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        advice = "rerun with fewer --workers; finished shards are kept"
+        print(f"imagenet_shards.py: a worker process was killed (out of memory?); {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("imagenet_shards.py: interrupted; rerun the same command to resume", file=sys.stderr)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import difflib
 import hashlib
 import io
@@ -120,57 +119,60 @@ def find_classes(root: Path, split: str) -> list[str]:
 
 def find_files(folder: Path) -> list[str]:
     """The image files below a folder, sorted as torchvision sorts them; OSError if any part of it can't be read."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    parents = sorted(os.walk(folder, onerror=fail, followlinks=True))
-    files = [os.path.join(parent, name) for parent, _, names in parents for name in sorted(names)]
-    return [file for file in files if file.lower().endswith(EXTENSIONS)]
+    files, folders = [], [str(folder)]
+    for parent in folders:  # which grows meanwhile
+        for entry in os.scandir(parent):
+            (folders if entry.is_dir() else files).append(entry.path)
+    return sorted((file for file in files if file.lower().endswith(EXTENSIONS)), key=os.path.split)
 
 
-def find_beside(root: Path, name: str) -> Path | None:
+def find_beside(root: Path, *names: str) -> Path | None:
     """A file in the tree's root or up to three levels above it, as Kaggle has it (the root is ILSVRC/Data/CLS-LOC)."""
-    return next((path / name for path in [root, *root.absolute().parents[:3]] if (path / name).is_file()), None)
+    paths = [folder / name for name in names for folder in [root, *root.absolute().parents[:3]]]
+    return next(filter(Path.is_file, paths), None)
 
 
-def load_meta(path: Path) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """torchvision's meta.bin: the names of each wnid, and the wnids of the validation images in file order."""
+def read_labels(path: Path) -> tuple[dict[str, str], list[str]]:
+    """torchvision's meta.bin: the names of each wnid, and the wnids of the validation images in file order.
+
+    Kaggle's files: a line's text by its first word ("n01440764 tench, Tinca tinca"), and nothing.
+    """
+    if path.suffix != ".bin":
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return dict(re.findall("^([^ ,\n]+)[ ,](.*)$", text, re.MULTILINE)), []
     import torch  # takes seconds, and few trees need it
 
     try:
         names, wnids = torch.load(path, weights_only=True)
-        return dict(names), list(wnids)
+        return {wnid: ", ".join(words) for wnid, words in names.items()}, list(wnids)
     except Exception as error:  # torch raises many kinds
         raise ShardError(f"{path}: not torchvision's meta.bin ({type(error).__name__}); remove it") from None
 
 
 def read_val_labels(root: Path, path: Path | None, files: list[str]) -> list[str]:
     """The wnid of each file of a flat val/, from LOC_val_solution.csv or meta.bin: `path`, or found beside the tree."""
-    path = path or find_beside(root, "LOC_val_solution.csv") or find_beside(root, "meta.bin")
+    path = path or find_beside(root, "LOC_val_solution.csv", "meta.bin")
     if not path:
         raise ShardError(
             f"{root / 'val'}: {count(len(files), 'image')} but no class folders; name Kaggle's LOC_val_solution.csv or "
             "torchvision's meta.bin with --val-labels, move the images into class folders, or use --splits=train"
         )
-    try:
-        if path.suffix == ".bin":
-            return [wnid for _, wnid in zip(files, load_meta(path)[1], strict=True)]
-        with open(path, newline="", encoding="utf-8") as table:  # ILSVRC2012_val_00048981,n03995372 85 1 499 272 …
-            wnids = {row[0]: row[1].split()[0] for row in csv.reader(table)}
-        return [wnids[Path(file).stem] for file in files]
+    labels, wnids = read_labels(path)
+    try:  # a line is ILSVRC2012_val_00048981,n03995372 85 1 499 272 …
+        wnids = wnids or [labels[Path(file).stem].split()[0] for file in files]
+        return [wnid for _, wnid in zip(files, wnids, strict=True)]
     except (ValueError, LookupError) as error:
         raise ShardError(f"{path}: not a label for each image of {root / 'val'} ({error}); check both") from None
 
 
-def make_keys(classes: list[str], files: list[tuple[str, int]]) -> list[str]:
-    """A key per (path, label): the stems if valid and unique, otherwise CLASS-STEM, made valid and unique."""
+def make_keys(files: list[tuple[str, str]]) -> list[str]:
+    """A key per (path, class): the stems if valid and unique, otherwise CLASS-STEM, made valid and unique."""
     stems = [os.path.splitext(os.path.basename(path))[0] for path, _ in files]
     if len(set(stems)) == len(stems) and all(map(KEY.fullmatch, stems)):
         return stems
     keys: dict[str, None] = {}
-    for stem, (path, label) in zip(stems, files):
-        key = re.sub("[^A-Za-z0-9_-]", "_", f"{classes[label]}-{stem}")
+    for stem, (path, name) in zip(stems, files):
+        key = re.sub("[^A-Za-z0-9_-]", "_", f"{name}-{stem}")
         if key in keys or len(key) > 95:
             key = f"{key[:80]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:14]}"
         keys[key] = None
@@ -179,26 +181,25 @@ def make_keys(classes: list[str], files: list[tuple[str, int]]) -> list[str]:
 
 def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[str], list[Image]]:
     """The classes and images of a split, sorted. ShardError or OSError for a tree that can't be read completely."""
-    classes = find_classes(root, split)
-    train = find_classes(root, "train") if split == "val" and (root / "train").is_dir() else classes
-    if classes:
-        files = [(file, label) for label, name in enumerate(classes) for file in find_files(root / split / name)]
-        if empty := sorted(set(range(len(classes))) - {label for _, label in files}):
-            raise ShardError(f"{root / split / classes[empty[0]]}: no images in this class folder; remove it")
-    else:
+    folders = find_classes(root, split)
+    train = find_classes(root, "train") if split == "val" and (root / "train").is_dir() else folders
+    files = [(file, name) for name in folders for file in find_files(root / split / name)]
+    if not folders:
         names = find_files(root / split)
-        wnids = read_val_labels(root, val_labels, names)
-        classes = train if set(wnids) <= set(train) else sorted(set(wnids))
-        files = [(name, classes.index(wnid)) for name, wnid in zip(names, wnids)]
+        files = list(zip(names, read_val_labels(root, val_labels, names)))
+    found = sorted({name for _, name in files})
+    if empty := sorted(set(folders) - set(found)):
+        raise ShardError(f"{root / split / empty[0]}: no images in this class folder; remove it")
+    classes = folders or (train if set(found) <= set(train) else found)
     if train and train != classes:  # a class that only one split has would shift the numbers of those after it
         differing = sorted(set(train) ^ set(classes))
         found = f"{count(len(differing), 'class')} ({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''})"
         raise ShardError(f"{root}: train/ and val/ differ in {found}, so class numbers would; give both the same")
-    start = len(os.path.join(root / split, ""))
-    keys = make_keys(classes, [(file[start:], label) for file, label in files])
+    start, labels = len(os.path.join(root / split, "")), {name: label for label, name in enumerate(classes)}
+    keys = make_keys([(file[start:], name) for file, name in files])
     return classes, [
-        Image(f"{split}/{file[start:]}", label, os.path.getsize(file), key)
-        for (file, label), key in zip(files, keys, strict=True)
+        Image(f"{split}/{file[start:]}", labels[name], os.path.getsize(file), key)
+        for (file, name), key in zip(files, keys)
     ]
 
 
@@ -208,12 +209,8 @@ def is_imagenet(classes: list[str]) -> bool:
 
 def find_class_names(root: Path | None, classes: list[str]) -> list[str] | None:
     """Human-readable names in label order, for example "tench, Tinca tinca"; None if they are not known."""
-    names: dict[str, str] = {}
-    if root and (mapping := find_beside(root, "LOC_synset_mapping.txt")):
-        lines = mapping.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = {line.partition(" ")[0]: line.partition(" ")[2] for line in lines}
-    elif root and (root / "meta.bin").is_file():
-        names = {wnid: ", ".join(words) for wnid, words in load_meta(root / "meta.bin")[0].items()}
+    path = root and find_beside(root, "LOC_synset_mapping.txt", "meta.bin")
+    names = read_labels(path)[0] if path else {}
     if set(classes) <= set(names):
         return [names[wnid] for wnid in classes]
     if is_imagenet(classes):

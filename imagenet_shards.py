@@ -70,12 +70,6 @@ def summarize(entries: list[dict[str, Any]]) -> str:
     return f"{count(len(entries), 'shard')}, {count(samples, 'image')}, {format_bytes(size)}"
 
 
-def report(line: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()  # into a log file too
-
-
 # ---------------------------------------------------------------- tree → classes and images
 
 # What torchvision.datasets.ImageFolder takes for an image, so that nothing is left out that it would read.
@@ -253,11 +247,8 @@ class Plan(NamedTuple):
     about: dict[str, Any]  # what the index says beside the shards: classes, class_names, recipe
 
 
-def make_plan(
-    root: Path, split: str, seed: int, maxsize: int, maxcount: int, block_size: int = 64,
-    resize: list[int] | None = None, val_labels: Path | None = None,
-) -> Plan:  # fmt: skip
-    """List one split and plan its shards; reads no image. `resize` is [pixels, quality].
+def make_plan(root: Path, split: str, recipe: dict[str, Any], val_labels: Path | None = None) -> Plan:
+    """List one split and plan its shards; reads no image. `recipe` has seed, maxsize, maxcount, block_size and resize.
 
     The plan goes by the sizes of the originals, so --resize makes smaller shards of the same samples.
     """
@@ -268,12 +259,8 @@ def make_plan(
     tree = hashlib.sha256()
     for image in images:
         tree.update(b"%s %d %d\n" % (os.fsencode(image.path), image.label, image.size))
-    if resize:  # encoders differ in bytes
-        libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
-        resize = [*resize, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
-    shards = plan_shards(images, seed, maxsize, maxcount)
-    recipe = {"seed": seed, "maxsize": maxsize, "maxcount": maxcount, "block_size": block_size, "resize": resize}
-    recipe |= {"images": len(images), "shards": len(shards), "tree": tree.hexdigest()}
+    shards = plan_shards(images, recipe["seed"], recipe["maxsize"], recipe["maxcount"])
+    recipe = recipe | {"images": len(images), "shards": len(shards), "tree": tree.hexdigest()}
     about = {"classes": classes, "class_names": find_class_names(root, classes), "recipe": recipe}
     return Plan(root, split, shards, recipe, about)
 
@@ -574,30 +561,27 @@ def format_index(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + f',\n"shardlist": [\n{shards}\n]\n}}\n'
 
 
-def write_info(target: Target) -> None:
-    """Write _info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the complete indexes."""
+def write_index(target: Target, split: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write imagenet-SPLIT.json in the format of wids, which ignores the keys that are ours; without entries, a stub.
+
+    Then _info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the complete indexes.
+    """
+    head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"imagenet-{split}"}
+    message = "The conversion is not finished: rerun the same imagenet_shards.py command to resume it."
+    stub = json.dumps({"__kind__": UNFINISHED, "message": message} | about, indent=1) + "\n"
+    store(target, INDEX_NAME.format(split), format_index(head | about | {"shardlist": entries}) if entries else stub)
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
-        with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or one that is not complete
+        with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or a stub
             shards = json.loads((target.record / INDEX_NAME.format(split)).read_text())["shardlist"]
             lengths, files = [shard["nsamples"] for shard in shards], [shard["url"] for shard in shards]
             splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
     store(target, "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
 
 
-def write_stub(plan: Plan, target: Target) -> None:
-    """Replace the index by a file that says that the conversion is not finished."""
-    message = "The conversion is not finished: rerun the same imagenet_shards.py command to resume it."
-    stub = {"__kind__": UNFINISHED, "message": message} | plan.about
-    store(target, INDEX_NAME.format(plan.split), json.dumps(stub, indent=1) + "\n")
-    write_info(target)
-
-
-def write_index(target: Target, split: str, entries: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write imagenet-SPLIT.json in the format of wids, which ignores the keys that are ours, and _info.json."""
-    head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"imagenet-{split}"}
-    store(target, INDEX_NAME.format(split), format_index(head | about | {"shardlist": entries}))
-    write_info(target)
+def finish(target: Target, split: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    """Write the index of a finished split and tell what it lists."""
+    write_index(target, split, about, entries)
     skipped = sum(len(entry.get("skipped", [])) for entry in entries)
     note = f", {count(skipped, 'invalid image')} skipped" if skipped else ""
     place = target.locate(INDEX_NAME.format(split)).removeprefix("pipe:")
@@ -611,9 +595,9 @@ def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
     if index.exists():
         try:
             then = json.loads(index.read_text())["recipe"] or {}
-            pairs = [(key, then.get(key), now) for key, now in plan.recipe.items() if then.get(key) != now]
-            differing = "; ".join(f"{key} {then} then, {now} now" for key, then, now in pairs)
-            problem = differing and f"its {plan.split} shards have another recipe ({differing})"
+            differing = [key for key, value in plan.recipe.items() if then.get(key) != value]
+            changes = "; ".join(f"{key} {then.get(key)} then, {plan.recipe[key]} now" for key in differing)
+            problem = changes and f"its {plan.split} shards have another recipe ({changes})"
         except (ValueError, LookupError, TypeError, AttributeError):
             problem = f"{index.name} was not written by this program"
     elif shards:
@@ -622,7 +606,7 @@ def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
         advice = "use the same tree and arguments, another --shards, --overwrite to start over, or --index-only"
         raise ShardError(f"{target.record}: {problem}; {advice}")
     if problem:
-        write_stub(plan, target)
+        write_index(target, plan.split, plan.about, [])
         for path in shards:
             if path.name >= SHARD_NAME.format(plan.split, len(plan.shards)):  # the others will be replaced
                 path.unlink()
@@ -644,7 +628,7 @@ def finished_shards(plan: Plan, target: Target) -> dict[int, dict[str, Any]]:
 def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: bool, workers: int) -> None:
     """Write these shards and record each. ShardError if there are invalid images that are not to be skipped."""
     starts = list(itertools.accumulate(map(len, plan.shards), initial=0))
-    brief = plan._replace(shards=[], about={})  # a worker gets the images of its shard only
+    brief = plan._replace(shards=[])  # a worker gets the images of its shard only
     jobs = {number: (brief, number, plan.shards[number], target, skip_invalid) for number in numbers}
     images, invalid, start = sum(len(plan.shards[n]) for n in numbers), [], time.monotonic()
     with tqdm(total=images, desc=plan.split, unit=" images", disable=None) as bar:
@@ -662,7 +646,7 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
                 leftover.unlink(missing_ok=True)
             invalid += entry.get("skipped", [])
             place, size = target.locate(name).removeprefix("pipe:"), format_bytes(entry["filesize"])
-            report(f"# writing {place} {entry['nsamples']} {size} {starts[number]}")
+            tqdm.write(f"# writing {place} {entry['nsamples']} {size} {starts[number]}")
     for path, problem in sorted(invalid):
         print(f"# invalid image {plan.root / path}: {problem}", file=sys.stderr)
     if invalid and not skip_invalid:
@@ -679,7 +663,7 @@ def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers
     if todo := [number for number in numbers[part] if number not in finished]:
         if finished:
             print(f"# {plan.split}: keeping {len(finished)} of {count(len(numbers), 'shard')} that are finished")
-        write_stub(plan, target)  # before any shard is replaced
+        write_index(target, plan.split, plan.about, [])  # a stub, before any shard is replaced
         write_shards(plan, target, todo, skip_invalid, workers)
         finished = finished_shards(plan, target)
     missing = [number for number in numbers if number not in finished]
@@ -689,7 +673,7 @@ def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers
     if missing:
         print(f"# waiting for {count(len(missing), f'{plan.split} shard')}; the last part to finish writes the index")
     else:
-        write_index(target, plan.split, [finished[number] for number in numbers], plan.about)
+        finish(target, plan.split, plan.about, [finished[number] for number in numbers])
 
 
 # ---------------------------------------------------------------- shards → index entries
@@ -777,7 +761,7 @@ def read_shards(
         except (ShardError, OSError) as error:
             problems.append(f"{name}: {error}")
             continue
-        report(f"# reading {name} {len(keys)} {format_bytes(entries[name]['filesize'])}")
+        tqdm.write(f"# reading {name} {len(keys)} {format_bytes(entries[name]['filesize'])}")
         owner, highest = owner if unique else {}, max(label, highest)
         for key in keys:
             found += [f"{key}: also in {owner[key]}"] if key in owner else []
@@ -794,33 +778,27 @@ def read_shards(
     return [entries[name] for name in names], highest
 
 
-def read_index(target: Target, url: str) -> dict[str, Any]:
-    """A complete index of this version. ShardError if there is none."""
+def verify(args: argparse.Namespace, target: Target, split: str) -> None:
+    """Compare every byte of a split's shards with the index. ShardError if anything differs."""
+    name = INDEX_NAME.format(split)
+    url = str(args.index / name) if args.index else target.locate(name)
     try:
         with open_reader(target, url) as file:
             index = json.loads(file.read())
         if index["__kind__"] == UNFINISHED:
             raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
-        if strange := [entry["url"] for entry in index["shardlist"] if not SHARD.fullmatch(entry["url"])]:
-            raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
-        summarize(index["shardlist"]), index["classes"][0], index["recipe"], index["shardlist"][0]
-        [[length for _, length, _, _ in entry["blocks"]] for entry in index["shardlist"]]
-        return index
+        entries = {entry["url"]: entry for entry in index["shardlist"]}
+        block_size = max(block[2] for entry in entries.values() for block in entry["blocks"])
+        options, unique = (block_size, len(index["classes"]), args.decode), index["recipe"] is not None
+        summary = summarize(index["shardlist"])
+        strange = [name for name in entries if not SHARD.fullmatch(name)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"not an index of this version ({error!r})"
         raise ShardError(f"{url}: {problem}; correct --shards or make a new index with --index-only") from None
-
-
-def verify(args: argparse.Namespace, target: Target, split: str) -> None:
-    """Compare every byte of a split's shards with the index. ShardError if anything differs."""
-    name = INDEX_NAME.format(split)
-    url = str(args.index / name) if args.index else target.locate(name)
-    index = read_index(target, url)
-    entries = {entry["url"]: entry for entry in index["shardlist"]}
-    block_size = max((block[2] for entry in entries.values() for block in entry["blocks"]), default=1)
-    options = block_size, len(index["classes"]), args.decode
-    read_shards(target, list(entries), entries, options, index["recipe"] is not None, args.workers)
-    print(f"# {url.removeprefix('pipe:')}: {summarize(index['shardlist'])}: all as the index says")
+    if strange:
+        raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
+    read_shards(target, list(entries), entries, options, unique, args.workers)
+    print(f"# {url.removeprefix('pipe:')}: {summary}: all as the index says")
 
 
 def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
@@ -835,24 +813,26 @@ def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # of an earlier version, or of a conversion in parts
         known = dict(json.loads((output / INDEX_NAME.format(split)).read_text()))
-    recipe = known.get("recipe") if not names and "shards" in (known.get("recipe") or {}) else None
-    if not names:
-        number = recipe["shards"] if recipe else len(list(source.glob(f"imagenet-{split}-*.tar")))
-        names = [SHARD_NAME.format(split, n) for n in range(number)]
+    about = {key: known.get(key) for key in ("classes", "class_names", "recipe")}
+    if names or "shards" not in (about["recipe"] or {}):
+        about["recipe"] = None
+    found = len(list(source.glob(f"imagenet-{split}-*.tar")))
+    recipe = about["recipe"] or {"block_size": args.block_size, "shards": found}
+    names = names or [SHARD_NAME.format(split, number) for number in range(recipe["shards"])]
     missing = [name for name in names if source.is_dir() and not (source / name).is_file()]
     if missing or not names:
         what = f"{len(missing)} of {count(len(names), f'{split} shard')} missing (first {[*missing, 'any'][0]})"
         raise ShardError(f"{source}: {what}; write them, copy them here, or name others with --names")
-    classes, class_names = known.get("classes"), known.get("class_names")
     if args.classes:  # a class a line, or "n01440764 tench, Tinca tinca"
         lines = args.classes.read_text(encoding="utf-8").splitlines()
         wnids = all(re.match(r"n\d{8} ", line) for line in lines)
-        classes, class_names = ([line[:9] for line in lines], [line[10:] for line in lines]) if wnids else (lines, None)
-    options = recipe["block_size"] if recipe else args.block_size, classes and len(classes), args.decode
-    entries, highest = read_shards(target, names, {}, options, recipe is not None, args.workers)
-    classes = classes or [str(label) for label in range(highest + 1)]
-    about = {"classes": classes, "class_names": class_names or find_class_names(None, classes), "recipe": recipe}
-    write_index(target._replace(prefix=str(output), record=output), split, entries, about)
+        about["classes"] = [line[:9] for line in lines] if wnids else lines
+        about["class_names"] = [line[10:] for line in lines] if wnids else None
+    options = recipe["block_size"], about["classes"] and len(about["classes"]), args.decode
+    entries, highest = read_shards(target, names, {}, options, about["recipe"] is not None, args.workers)
+    about["classes"] = about["classes"] or [str(label) for label in range(highest + 1)]
+    about["class_names"] = about["class_names"] or find_class_names(None, about["classes"])
+    finish(target._replace(prefix=str(output), record=output), split, about, entries)
 
 
 # ---------------------------------------------------------------- command line
@@ -890,7 +870,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shards", metavar="PREFIX", type=os.path.expanduser, default="./data",
         help="folder of shards and index, or pipe:COMMAND that stores its standard input, where %%s becomes the file's "
         "name; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file [%(default)s]")
-    add("--splits", default="train,val", help="train, val or both with a comma [%(default)s]")
+    add("--splits", default="train,val", choices=["train", "val", "train,val"], help="to convert or read [%(default)s]")
     add("--workers", metavar="N", type=whole, default=cores, help="processes, with a shard each [%(default)s]")
     add("--retries", metavar="N", type=int, default=5, help="per shard whose command fails or stalls [%(default)s]")
     add("--timeout", metavar="S", type=whole, default=300, help="seconds without progress of a command [%(default)s]")
@@ -925,12 +905,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
     if not (args.imagenet or args.verify or args.index_only):
         parser.error("one of the arguments --imagenet --verify --index-only is required")
-    args.splits = list(dict.fromkeys(args.splits.split(",")))  # once each, in the order given
-    if not set(args.splits) <= set(ARCHIVES):
-        parser.error(f"argument --splits: {','.join(args.splits)!r} is not train, val or train,val")
     if args.imagenet and (args.decode or args.index or args.names or args.classes):
         parser.error("argument --imagenet: not allowed with --decode, --index, --names or --classes")
-    if args.names and (args.verify or len(args.splits) > 1):
+    if args.names and (args.verify or "," in args.splits):
         parser.error("argument --names: needs --index-only, and --splits=train or --splits=val")
     for name in ("imagenet", "val_labels", "record", "index", "classes"):
         setattr(args, name, getattr(args, name) and getattr(args, name).expanduser())
@@ -939,25 +916,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def find_target(args: argparse.Namespace) -> Target:
     """Where the shards are. ShardError if --imagenet can't write there."""
-    shards, record, problem = args.shards, Path(args.shards), ""
-    if shards.startswith("pipe:"):  # named after the command: to a restart, another bucket is another conversion
-        record = args.record / f"imagenet-shards-{hashlib.sha256(shards.encode()).hexdigest()[:8]}"
-    elif args.imagenet and "://" in shards:
-        problem = "can only be read; name a folder or a command that stores its input: pipe:gsutil cp - gs://bucket/%s"
-    elif args.imagenet and "%s" in shards:
-        problem = "%s is for pipe:COMMAND; name the folder alone"
-    if problem:
-        raise ShardError(f"--shards={shards}: {problem}")
-    return Target(shards, record, args.retries, args.timeout)
+    record = Path(args.shards)
+    if args.shards.startswith("pipe:"):  # named after the command: to a restart, another bucket is another conversion
+        record = args.record / f"imagenet-shards-{hashlib.sha256(args.shards.encode()).hexdigest()[:8]}"
+    elif args.imagenet and ("://" in args.shards or "%s" in args.shards):
+        advice = "name a folder, or a command that stores its input: pipe:gsutil cp - gs://bucket/%s"
+        raise ShardError(f"--shards={args.shards}: neither a folder nor pipe:COMMAND; {advice}")
+    return Target(args.shards, record, args.retries, args.timeout)
 
 
 def convert_all(args: argparse.Namespace, target: Target) -> None:
     """Convert the splits. What can be refused is refused before the first shard is written."""
     if not args.imagenet.is_dir():
         raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
-    resize = [args.resize, args.quality] if args.resize else None
-    limits = args.seed, args.maxsize, args.maxcount, args.block_size, resize, args.val_labels
-    plans = [make_plan(args.imagenet, split, *limits) for split in args.splits]
+    recipe = {name: getattr(args, name) for name in ("seed", "maxsize", "maxcount", "block_size")} | {"resize": None}
+    if args.resize:  # encoders differ in bytes
+        libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
+        recipe["resize"] = [args.resize, args.quality, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
+    plans = [make_plan(args.imagenet, split, recipe, args.val_labels) for split in args.splits.split(",")]
     target.record_path("").parent.mkdir(parents=True, exist_ok=True)
     if target.prefix.startswith("pipe:"):
         print(f"# finished shards are recorded in {target.record}")
@@ -974,7 +950,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.imagenet:
             convert_all(args, target)
         else:
-            for split in args.splits:
+            for split in args.splits.split(","):
                 (verify if args.verify else index_only)(args, target, split)
     except (ShardError, OSError) as error:
         problem = error if isinstance(error, ShardError) else f"{error.filename or args.shards}: {error.strerror}"
@@ -991,4 +967,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # into a log file too
     sys.exit(main())

@@ -16,7 +16,7 @@ import torchvision
 import webdataset as wds
 from conftest import convert
 from PIL import Image
-from sharding import everything, samples
+from sharding import everything, recipe, samples
 
 import imagenet_shards as script
 
@@ -102,7 +102,7 @@ def test_stdout_in_webdatasets_tradition(tree, tmp_path, capsys):
 
 @pytest.mark.parametrize("maxsize, maxcount", [(1e9, 7), (30_000, 100_000), (60_000, 4), (1, 1)])
 def test_shards_are_cut_where_shardwriter_cuts_them(tree, tmp_path, maxsize, maxcount):
-    plan = script.make_plan(tree, "train", 0, maxsize, maxcount)
+    plan = script.make_plan(tree, "train", recipe(maxsize=maxsize, maxcount=maxcount))
     with wds.ShardWriter(f"{tmp_path}/%d.tar", maxcount, maxsize, verbose=0) as oracle:
         for image in itertools.chain(*plan.shards):
             oracle.write({"__key__": image.key, "jpg": (tree / image.path).read_bytes(), "cls": image.label})
@@ -124,7 +124,7 @@ def test_imagenet_itself_makes_147_and_7_shards():
 
 
 def test_the_seed_decides_the_order(tree):
-    orders = [script.make_plan(tree, "train", seed, 1e9, 100).shards[0] for seed in (0, 0, 1)]
+    orders = [script.make_plan(tree, "train", recipe(seed=seed)).shards[0] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] and set(orders[0]) == set(orders[2])
 
 

@@ -313,7 +313,7 @@ def test_a_percent_sign_for_a_folder_is_refused_at_once(tree, tmp_path, capsys, 
     """Fault 8."""
     monkeypatch.chdir(tmp_path)
     assert convert(tree, "./data/%s") == 1
-    assert "--shards=./data/%s: %s is for pipe:COMMAND; name the folder alone\n" in capsys.readouterr().err
+    assert "--shards=./data/%s: neither a folder nor pipe:COMMAND; name a folder, " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ import torchvision
 import webdataset as wds
 from conftest import convert
 from PIL import Image
-from sharding import samples
+from sharding import recipe, samples
 
 import imagenet_shards as script
 
@@ -55,7 +55,7 @@ def test_any_tree_that_imagefolder_reads(tmp_path):
 def test_keys_do_not_depend_on_where_the_tree_is(tmp_path):
     make_images(tmp_path / "one", *UNUSUAL)
     shutil.copytree(tmp_path / "one", tmp_path / "another/place")
-    plans = [script.make_plan(root, "train", 0, 10**9, 99) for root in (tmp_path / "one", tmp_path / "another/place")]
+    plans = [script.make_plan(root, "train", recipe()) for root in (tmp_path / "one", tmp_path / "another/place")]
     assert plans[0].shards == plans[1].shards
 
 

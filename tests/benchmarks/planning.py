@@ -80,7 +80,8 @@ def full(place: Path) -> None:
                 file.truncate(image.size)
         report("making the files", begun, cpu)
         begun, cpu = time.perf_counter(), time.process_time()
-        plan = make_plan(folder, "train", 0, 10**9, 100_000)
+        recipe = {"seed": 0, "maxsize": 10**9, "maxcount": 100_000, "block_size": BLOCK, "resize": None}
+        plan = make_plan(folder, "train", recipe)
         if sum(map(len, plan.shards)) != IMAGES:
             raise SystemExit(f"planning.py: {sum(map(len, plan.shards))} files are planned, expected {IMAGES}")
         report("listing and planning them", begun, cpu, f"{len(plan.shards)} shards")

@@ -4,6 +4,7 @@ import hashlib
 import shlex
 import tarfile
 from pathlib import Path
+from typing import Any
 
 
 def samples(folder: Path, split: str) -> list[tuple[str, int, bytes]]:
@@ -22,6 +23,11 @@ def samples(folder: Path, split: str) -> list[tuple[str, int, bytes]]:
 def everything(folder: Path) -> dict[str, str]:
     """Name → SHA-256 of every file in a folder, apart from the records of finished shards."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def recipe(**changes: int) -> dict[str, Any]:
+    """What decides the bytes of a conversion without flags."""
+    return {"seed": 0, "maxsize": 10**9, "maxcount": 100_000, "block_size": 64, "resize": None} | changes
 
 
 def storing(store: Path) -> str:

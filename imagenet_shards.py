@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import PIL.features
+import torch
 import webdataset as wds
 from PIL import Image as PillowImage
 from tqdm import tqdm
@@ -134,8 +135,6 @@ def read_labels(path: Path) -> tuple[dict[str, str], list[str]]:
     if path.suffix != ".bin":
         text = path.read_text(encoding="utf-8", errors="replace")
         return dict(re.findall("^([^ ,\n]+)[ ,](.*)$", text, re.MULTILINE)), []
-    import torch  # takes seconds, and few trees need it
-
     try:
         names, wnids = torch.load(path, weights_only=True)
         return {wnid: ", ".join(words) for wnid, words in names.items()}, list(wnids)
@@ -366,14 +365,12 @@ def try_command(command: str, file: BinaryIO, output: bool, timeout: float) -> s
 def run_command(target: Target, command: str, file: BinaryIO, output: bool) -> None:
     """try_command(), up to `retries` times again with exponential back-off. ShardError if it fails in the end."""
     for failures in itertools.count(1):
-        problem = try_command(command, file, output, target.timeout)
-        if not problem:
+        if not (problem := try_command(command, file, output, target.timeout)):
             return
         if failures > target.retries:
             raise ShardError(f"{command}: {problem}; fix it and rerun")
         pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
-        retry = f"retry {failures} of {target.retries} in {pause:.1f} s"
-        print(f"# {command}: {problem}; {retry}", file=sys.stderr, flush=True)
+        print(f"# {command}: {problem}; retry {failures} of {target.retries} in {pause:.1f} s", file=sys.stderr)
         for _ in range(int(pause * 20)):
             check_stop()
             time.sleep(0.05)
@@ -501,20 +498,19 @@ def make_samples(plan: Plan, images: list[Image], invalid: list[list[str]]) -> I
             yield {"__key__": image.key, "jpg": jpg, "cls": image.label}
 
 
-def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[tuple[memoryview, int]]:
+def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[tuple[bytes, int]]:
     """A tar file of these samples, a block at a time: (bytes, number of samples). The trailer comes last, with none."""
     size = 0
     while block := list(itertools.islice(samples, block_size)):
         stream = io.BytesIO()
         # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
         with wds.TarWriter(stream, mtime=0) as tar:
-            tar.tarstream.copybufsize = tar.tarstream.fileobj.bufsize = 1 << 16  # faster than with 10 KiB
             for sample in block:
                 tar.write(sample)
-            end = tar.tarstream.offset  # without this block's own trailer
-        size += end
+            end = tar.tarstream.offset  # without the block's own trailer
         yield stream.getbuffer()[:end], len(block)
-    yield memoryview(bytes(1024 + -(size + 1024) % tarfile.RECORDSIZE)), 0
+        size += end
+    yield bytes(1024 + -(size + 1024) % tarfile.RECORDSIZE), 0
 
 
 def make_entry(name: str, blocks: Iterable[tuple[bytes, int]], file: BinaryIO | None = None) -> dict[str, Any]:
@@ -566,10 +562,11 @@ def write_index(target: Target, split: str, about: dict[str, Any], entries: list
 
     Then _info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the complete indexes.
     """
+    index = INDEX_NAME.format(split)
     head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"imagenet-{split}"}
     message = "The conversion is not finished: rerun the same imagenet_shards.py command to resume it."
     stub = json.dumps({"__kind__": UNFINISHED, "message": message} | about, indent=1) + "\n"
-    store(target, INDEX_NAME.format(split), format_index(head | about | {"shardlist": entries}) if entries else stub)
+    store(target, index, format_index(head | about | {"shardlist": entries}) if entries else stub)
     splits = {}
     for split, name in (("train", "train"), ("val", "validation")):
         with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or a stub
@@ -577,15 +574,11 @@ def write_index(target: Target, split: str, about: dict[str, Any], entries: list
             lengths, files = [shard["nsamples"] for shard in shards], [shard["url"] for shard in shards]
             splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
     store(target, "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
-
-
-def finish(target: Target, split: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Write the index of a finished split and tell what it lists."""
-    write_index(target, split, about, entries)
-    skipped = sum(len(entry.get("skipped", [])) for entry in entries)
-    note = f", {count(skipped, 'invalid image')} skipped" if skipped else ""
-    place = target.locate(INDEX_NAME.format(split)).removeprefix("pipe:")
-    print(f"# {place}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
+    if entries:
+        skipped = sum(len(entry.get("skipped", [])) for entry in entries)
+        note = f", {count(skipped, 'invalid image')} skipped" if skipped else ""
+        place = target.locate(index).removeprefix("pipe:")
+        print(f"# {place}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
 
 
 def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
@@ -650,10 +643,9 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
     for path, problem in sorted(invalid):
         print(f"# invalid image {plan.root / path}: {problem}", file=sys.stderr)
     if invalid and not skip_invalid:
-        raise ShardError(
-            f"{plan.root / plan.split}: {count(len(invalid), 'invalid image')}, listed above; rerun with --skip-bad to "
-            "leave them out (finished shards are kept), or fix them and rerun with --overwrite (starts over)"
-        )
+        problem = f"{count(len(invalid), 'invalid image')}, listed above; rerun with --skip-bad to leave them out"
+        advice = "(finished shards are kept), or fix them and rerun with --overwrite (starts over)"
+        raise ShardError(f"{plan.root / plan.split}: {problem} {advice}")
     print(f"# {plan.split}: {images / (time.monotonic() - start):,.0f} images/s")
 
 
@@ -673,7 +665,7 @@ def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers
     if missing:
         print(f"# waiting for {count(len(missing), f'{plan.split} shard')}; the last part to finish writes the index")
     else:
-        finish(target, plan.split, plan.about, [finished[number] for number in numbers])
+        write_index(target, plan.split, plan.about, [finished[number] for number in numbers])
 
 
 # ---------------------------------------------------------------- shards → index entries
@@ -686,16 +678,15 @@ def read_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes], 
     """(key, {extension: bytes}, offset of its end) of each sample, grouped as webdataset does it."""
     split_name = wds.tariterators.base_plus_ext
     for key, members in itertools.groupby(tar, lambda member: split_name(member.name)[0]):
-        sample, end = {}, 0
+        if key is None:  # webdataset ignores other names, such as those of folders
+            continue
+        sample = {}
         for member in members:
             tar.members = []  # otherwise it keeps all of them
-            if key and (not member.isreg() or member.issparse()):  # a sparse one may claim any size
+            if not member.isreg() or member.issparse():  # a sparse one may claim any size
                 raise tarfile.ReadError(f"{member.name}: not a regular file")
-            if key:
-                sample[split_name(member.name)[1].lower()] = tar.extractfile(member).read()
-                end = member.offset_data + -(-member.size // 512) * 512
-        if key:  # webdataset ignores other names, such as those of folders
-            yield key, sample, end
+            sample[split_name(member.name)[1].lower()] = tar.extractfile(member).read()
+        yield key, sample, member.offset_data + -(-member.size // 512) * 512
 
 
 def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> int:
@@ -791,12 +782,11 @@ def verify(args: argparse.Namespace, target: Target, split: str) -> None:
         block_size = max(block[2] for entry in entries.values() for block in entry["blocks"])
         options, unique = (block_size, len(index["classes"]), args.decode), index["recipe"] is not None
         summary = summarize(index["shardlist"])
-        strange = [name for name in entries if not SHARD.fullmatch(name)]
+        if strange := [name for name in entries if not SHARD.fullmatch(name)]:
+            raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"not an index of this version ({error!r})"
         raise ShardError(f"{url}: {problem}; correct --shards or make a new index with --index-only") from None
-    if strange:
-        raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
     read_shards(target, list(entries), entries, options, unique, args.workers)
     print(f"# {url.removeprefix('pipe:')}: {summary}: all as the index says")
 
@@ -832,7 +822,7 @@ def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
     entries, highest = read_shards(target, names, {}, options, about["recipe"] is not None, args.workers)
     about["classes"] = about["classes"] or [str(label) for label in range(highest + 1)]
     about["class_names"] = about["class_names"] or find_class_names(None, about["classes"])
-    finish(target._replace(prefix=str(output), record=output), split, about, entries)
+    write_index(target._replace(prefix=str(output), record=output), split, about, entries)
 
 
 # ---------------------------------------------------------------- command line
@@ -881,11 +871,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples [%(default)s]")
     add("--resize", metavar="PX", type=whole, help="shrink images to a shorter side of PX pixels, encoded as JPEG")
     add("--quality", metavar="Q", type=int, default=90, choices=range(1, 96), help="of these JPEGs, 1–95 [%(default)s]")
-    add("--val-labels", metavar="FILE", type=Path,
-        help="LOC_val_solution.csv or meta.bin for a val/ without class folders [found beside the tree]")
+    add("--val-labels", metavar="FILE", type=Path, help="LOC_val_solution.csv or meta.bin for a flat val/ [if found]")
     add("--part", metavar="K/N", type=k_of_n, default="1/1", help="write every N-th shard, starting with the K-th")
-    add("--record", metavar="DIR", type=Path, default=".",
-        help="for a pipe: command, where to make a folder that records finished shards [%(default)s]")
+    add("--record", metavar="DIR", type=Path, default=".", help="for pipe:, folder of the finished shards' records [.]")
     add("--skip-bad", action="store_true", help="leave out, and list, images that are not a valid JPEG or PNG")
     add("--overwrite", action="store_true", help="replace shards of another tree or of other arguments")
     add = parser.add_argument_group("with --verify and --index-only").add_argument

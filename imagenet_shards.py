@@ -599,10 +599,10 @@ def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
         advice = "use the same tree and arguments, another --shards, --overwrite to start over, or --index-only"
         raise ShardError(f"{target.record}: {problem}; {advice}")
     if problem:
-        write_index(target, plan.split, plan.about, [])
-        for path in shards:
-            if path.name >= SHARD_NAME.format(plan.split, len(plan.shards)):  # the others will be replaced
-                path.unlink()
+        write_index(target, plan.split, plan.about, [])  # a stub
+    for path in shards if overwrite else []:
+        if path.name >= SHARD_NAME.format(plan.split, len(plan.shards)):  # the others will be replaced
+            path.unlink(missing_ok=True)
 
 
 def finished_shards(plan: Plan, target: Target) -> dict[int, dict[str, Any]]:

@@ -20,7 +20,7 @@ RUNS = {
     "loading": (["--tree={tree}", "--images=60", "--rounds=1", "--only=project-u8,project-256-u8", "--batch=8"],
                 r"\| project-u8 \| 2 \| \d+ \|.*\n\| project-256-u8 \| 2 "),
     "sharding": (["--tree={tree}", "--rounds=1", "--workers=1"],
-                 r"60 images, .*\n(.* CPU s\n)*ours, 1 workers .* CPU s"),
+                 r"60 images, .*\n(.* CPU s .* MB\n)*ours, 1 workers .* CPU s .* MB"),
     "profile_loading": (["--tree={tree}", "--images=64", "--rounds=1"], r"\| decode \| \d\.\d+ \|"),
     "accuracy": (["--tree={tree}", "--classes=2", "--epochs=1", "--seeds=2", "--size=32", "--resize=36",
                   "--batch-size=4", "--workers=0", "--model=squeezenet1_1"],

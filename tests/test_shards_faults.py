@@ -156,6 +156,33 @@ def test_overwrite_replaces_the_index_first(tree, shards, tmp_path, monkeypatch)
     assert convert(tree, folder, "--maxcount=7", "--seed=1", "--splits=train", "--overwrite") == 130
 
 
+def test_overwrite_replaces_the_index_before_it_deletes_shards(tree, shards, tmp_path, capsys):
+    """It stops at a surplus shard that can't be deleted; the same command then deletes the rest."""
+    folder = shutil.copytree(shards, tmp_path / "data")
+    flags = ["--maxcount=30", "--splits=train", "--overwrite"]
+    surplus = folder / "imagenet-train-000008.tar"
+    surplus.unlink()
+    surplus.mkdir()
+    assert convert(tree, folder, *flags) == 1
+    assert f"{surplus}: Is a directory" in capsys.readouterr().err
+    assert json.loads((folder / "imagenet-train.json").read_text())["__kind__"] == script.UNFINISHED
+    surplus.rmdir()
+    surplus.write_bytes(b"of the conversion before")
+    assert convert(tree, folder, *flags) == 0
+    assert len(list(folder.glob("imagenet-train-*.tar"))) == 2
+    assert script.main(["--verify", f"--shards={folder}", "--splits=train"]) == 0
+
+
+def test_a_killed_main_process_ends_its_commands(tree, store, tmp_path):
+    command = f"case %s in *.tar) echo $$ >{store}/pid; sleep 600; esac; {storing(store)}"
+    process = start(f"--imagenet={tree}", f"--shards=pipe:{command}", f"--record={tmp_path}")
+    wait_for(lambda: (store / "pid").exists() and (store / "pid").read_text())
+    process.kill()
+    process.communicate()  # until no process can write to its standard error
+    status = Path("/proc", (store / "pid").read_text().strip(), "cmdline")
+    wait_for(lambda: not status.exists() or not status.read_bytes())  # it may stay a zombie
+
+
 # ---------------------------------------------------------------- restarts
 
 
@@ -238,6 +265,15 @@ def test_another_run_may_finish_the_same_shard_first(tmp_path):
     assert (tmp_path / "x.tar").read_bytes() == b"the same"
     with pytest.raises(FileNotFoundError), script.open_writer(HERE, f"{tmp_path}/y.tar") as file:
         next(tmp_path.glob("y.tar.tmp-*")).unlink()
+
+
+def test_no_two_writers_share_a_temporary_file(tmp_path):
+    """Fault 7: not even with the same process id, as on two machines or in two containers."""
+    with script.open_writer(HERE, f"{tmp_path}/x") as one, script.open_writer(HERE, f"{tmp_path}/x") as two:
+        one.write(b"the same")
+        two.write(b"the same")
+        assert len(list(tmp_path.iterdir())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])

@@ -6,7 +6,8 @@ DIR holds train/WNID/*.JPEG, ideally a few thousand. Without --tree a stand-in i
 than ImageNet's. The peers: a plain loop over webdataset.ShardWriter, in one process and without checksums, GNU tar of
 the same files in the same order, and, where they are installed, litdata's optimize and MosaicML's MDSWriter; --other
 names another version of imagenet_shards.py. The files are dropped from the page cache before each run, unless --warm;
-a run ends when everything is on the disk. Prints medians in images/s and MB/s, the ratio to the loop, and CPU seconds.
+a run ends when everything is on the disk. Prints medians in images/s and MB/s, the ratio to the loop, CPU seconds and
+the memory of the largest process, libraries included; it must not grow with the tree.
 """
 
 import argparse
@@ -78,8 +79,8 @@ def mosaic(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
             writer.write(read_item(item))
 
 
-def seconds(write: Callable, tree: Path, images: list[tuple[Path, int]], out: Path, warm: bool) -> tuple[float, float]:
-    """(Time until everything is on the disk, CPU time) in a process of its own."""
+def measure(write: Callable, tree: Path, images: list[tuple[Path, int]], out: Path, warm: bool) -> tuple[float, ...]:
+    """(Seconds until everything is on the disk, CPU seconds, MB of the largest process) in a process of its own."""
     os.sync()
     if not warm:
         drop_from_cache([path for path, _ in images])
@@ -91,7 +92,8 @@ def seconds(write: Callable, tree: Path, images: list[tuple[Path, int]], out: Pa
         write(tree, images, out)
         os.sync()  # some programs sync by themselves; the others have to wait for the disk too
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        answer.put((time.perf_counter() - begun, sum(used.ru_utime + used.ru_stime for used in usage)))
+        cpu, peak = sum(used.ru_utime + used.ru_stime for used in usage), max(used.ru_maxrss for used in usage)
+        answer.put((time.perf_counter() - begun, cpu, peak / 1000))
 
     process = context.Process(target=run)
     process.start()
@@ -124,19 +126,19 @@ def main() -> None:
             rivals |= {f"{name}, {n} workers": partial(run, workers=int(n)) for n in args.workers.split(",")}
         rivals |= {"litdata optimize, 2 workers": litdata} if find_spec("litdata") else {}
         rivals |= {"MosaicML MDSWriter": mosaic} if find_spec("streaming") else {}
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
+        times: dict[str, list[tuple[float, ...]]] = {name: [] for name in rivals}
         for _ in range(args.rounds):
             for name, write in rivals.items():
                 out = Path(folder, "out")
                 out.mkdir()
-                times[name].append(seconds(write, tree, images, out, args.warm))
+                times[name].append(measure(write, tree, images, out, args.warm))
                 shutil.rmtree(out)
         print(f"{len(images):,} images, {size / 1e6:,.0f} MB; {args.rounds} rounds, medians")
-        base = statistics.median(took for took, _ in times["a loop over ShardWriter"])
+        base = statistics.median(took for took, *_ in times["a loop over ShardWriter"])
         for name, found in times.items():
-            took, cpu = (statistics.median(column) for column in zip(*found))
+            took, cpu, peak = (statistics.median(column) for column in zip(*found))
             speed = f"{len(images) / took:8,.0f} images/s {size / took / 1e6:7,.0f} MB/s"
-            print(f"{name:28} {speed} {base / took:6.2f} × {cpu:6.1f} CPU s")
+            print(f"{name:28} {speed} {base / took:6.2f} × {cpu:6.1f} CPU s {peak:6,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -299,9 +299,9 @@ def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterat
     try:
         keys = {pool.submit(function, *job): key for key, job in jobs.items()}
         for future in as_completed(keys):
-            if shared.value:
-                raise KeyboardInterrupt
             yield keys[future], future
+        if shared.value:
+            raise KeyboardInterrupt
     finally:
         shared.value = 1
         pool.shutdown(cancel_futures=True)
@@ -860,7 +860,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shards", metavar="PREFIX", type=os.path.expanduser, default="./data",
         help="folder of shards and index, or pipe:COMMAND that stores its standard input, where %%s becomes the file's "
         "name; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file [%(default)s]")
-    add("--splits", default="train,val", choices=["train", "val", "train,val"], help="to convert or read [%(default)s]")
+    add("--splits", metavar="NAMES", default="train,val", choices=["train", "val", "train,val"],
+        help="train, val or train,val [%(default)s]")
     add("--workers", metavar="N", type=whole, default=cores, help="processes, with a shard each [%(default)s]")
     add("--retries", metavar="N", type=int, default=5, help="per shard whose command fails or stalls [%(default)s]")
     add("--timeout", metavar="S", type=whole, default=300, help="seconds without progress of a command [%(default)s]")
@@ -932,7 +933,7 @@ def convert_all(args: argparse.Namespace, target: Target) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, status = parse_args(argv), 1
     try:
         target = find_target(args)
         if args.imagenet:
@@ -940,18 +941,15 @@ def main(argv: list[str] | None = None) -> int:
         else:
             for split in args.splits.split(","):
                 (verify if args.verify else index_only)(args, target, split)
+        return 0
     except (ShardError, OSError) as error:
         problem = error if isinstance(error, ShardError) else f"{error.filename or args.shards}: {error.strerror}"
-        print(f"imagenet_shards.py: {problem}", file=sys.stderr)
-        return 1
     except BrokenProcessPool:
-        advice = "rerun with fewer --workers; finished shards are kept"
-        print(f"imagenet_shards.py: a worker process was killed (out of memory?); {advice}", file=sys.stderr)
-        return 1
+        problem = "a worker process was killed (out of memory?); rerun with fewer --workers; finished shards are kept"
     except KeyboardInterrupt:
-        print("imagenet_shards.py: interrupted; rerun the same command to resume", file=sys.stderr)
-        return 130
-    return 0
+        status, problem = 130, "interrupted; rerun the same command to resume"
+    print(f"imagenet_shards.py: {problem}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

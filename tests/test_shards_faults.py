@@ -317,6 +317,14 @@ def test_a_stalled_upload_times_out(tree, store, tmp_path, capfd):
     assert "no progress for 1 s; retry 1 of 1" in error and "no progress for 1 s; fix it and rerun" in error
 
 
+def test_a_slow_upload_does_not_time_out(tmp_path):
+    """It takes longer than the time limit, which is for the time without progress."""
+    command = f"for part in 1 2 3 4; do head -c 1000; sleep 0.8; done >{tmp_path}/x"
+    with script.open_writer(script.Target("", tmp_path, 0, 2), f"pipe:{command}") as file:
+        file.write(bytes(4000))
+    assert (tmp_path / "x").read_bytes() == bytes(4000)
+
+
 def test_ctrl_c_ends_stalled_uploads(tree, store, tmp_path):
     """Fault 5: a real SIGINT to the foreground group, while a command sleeps for ten minutes."""
     process = start(
@@ -329,6 +337,20 @@ def test_ctrl_c_ends_stalled_uploads(tree, store, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error == "imagenet_shards.py: interrupted; rerun the same command to resume\n"
     assert not list(store.glob("imagenet-*-*.tar"))
+
+
+def interrupt() -> str:
+    os.kill(os.getppid(), signal.SIGINT)
+    return "finished"
+
+
+def test_ctrl_c_while_the_last_shard_ends_is_not_lost():
+    """The shard's result is delivered, so that it can be recorded; then the run stops."""
+    results = []
+    with pytest.raises(KeyboardInterrupt):
+        for _, future in script.run_jobs(interrupt, {0: ()}, 1):
+            results.append(future.result())
+    assert results == ["finished"]
 
 
 def test_verify_of_a_stalled_command_times_out(shards, capsys):

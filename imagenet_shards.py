@@ -282,10 +282,11 @@ def start_worker(shared: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        while not stop.value and multiprocessing.parent_process().is_alive():
+            time.sleep(0.1)
         stop.value = 1
-        time.sleep(2)  # in which jobs end their commands and remove their temporary files
-        os._exit(1)
+        time.sleep(5)  # in which jobs end their commands and remove their temporary files
+        os._exit(1)  # it may wait for a disk, or for a lock of another worker that was killed
 
     threading.Thread(target=watch, daemon=True).start()
 

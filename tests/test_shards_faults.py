@@ -339,6 +339,15 @@ def test_ctrl_c_ends_stalled_uploads(tree, store, tmp_path):
     assert not list(store.glob("imagenet-*-*.tar"))
 
 
+def test_a_worker_that_does_not_end_is_not_waited_for():
+    """As one that waits for a lock which a killed worker held, or for a disk."""
+    jobs = script.run_jobs(time.sleep, {"one": (0,), "other": (600,)}, 2)
+    assert next(jobs)[0] == "one"
+    begun = time.monotonic()
+    jobs.close()
+    assert time.monotonic() - begun < 60
+
+
 def interrupt() -> str:
     os.kill(os.getppid(), signal.SIGINT)
     return "finished"

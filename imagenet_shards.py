@@ -63,10 +63,12 @@ def format_bytes(size: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
+    """The number and its noun: 1 shard, 2 shards, 3 classes."""
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def summarize(entries: list[dict[str, Any]]) -> str:
+    """What these entries of an index amount to."""
     samples, size = (sum(entry[field] for entry in entries) for field in ("nsamples", "filesize"))
     return f"{count(len(entries), 'shard')}, {count(samples, 'image')}, {format_bytes(size)}"
 
@@ -114,7 +116,8 @@ def find_classes(root: Path, split: str) -> list[str]:
 
 def find_files(folder: Path) -> list[str]:
     """The image files below a folder, sorted as torchvision sorts them; OSError if any part of it can't be read."""
-    files, folders = [], [str(folder)]
+    files: list[str] = []
+    folders = [str(folder)]
     for parent in folders:  # which grows meanwhile
         for entry in os.scandir(parent):
             (folders if entry.is_dir() else files).append(entry.path)
@@ -186,8 +189,9 @@ def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[st
     classes = folders or (train if set(found) <= set(train) else found)
     if train and train != classes:  # a class that only one split has would shift the numbers of those after it
         differing = sorted(set(train) ^ set(classes))
-        found = f"{count(len(differing), 'class')} ({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''})"
-        raise ShardError(f"{root}: train/ and val/ differ in {found}, so class numbers would; give both the same")
+        first = f"{', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}"
+        problem = f"train/ and val/ differ in {count(len(differing), 'class')} ({first})"
+        raise ShardError(f"{root}: {problem}, so class numbers would; give both the same")
     start, labels = len(os.path.join(root / split, "")), {name: label for label, name in enumerate(classes)}
     keys = make_keys([(file[start:], name) for file, name in files])
     return classes, [
@@ -197,6 +201,7 @@ def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[st
 
 
 def is_imagenet(classes: list[str]) -> bool:
+    """Whether these are the 1,000 classes of ImageNet, in their order."""
     return hashlib.sha256("\n".join(classes).encode()).hexdigest() == IMAGENET_CLASSES
 
 
@@ -296,7 +301,7 @@ def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterat
     shared = multiprocessing.RawValue("b", 0)
     # Python's own handler raises KeyboardInterrupt anywhere, and loses it while a process is forked.
     handler = signal.signal(signal.SIGINT, lambda *_: setattr(shared, "value", 1))
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=[shared])
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(shared,))
     try:
         keys = {pool.submit(function, *job): key for key, job in jobs.items()}
         for future in as_completed(keys):
@@ -499,7 +504,7 @@ def make_samples(plan: Plan, images: list[Image], invalid: list[list[str]]) -> I
             yield {"__key__": image.key, "jpg": jpg, "cls": image.label}
 
 
-def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[tuple[bytes, int]]:
+def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[tuple[bytes | memoryview, int]]:
     """A tar file of these samples, a block at a time: (bytes, number of samples). The trailer comes last, with none."""
     size = 0
     while block := list(itertools.islice(samples, block_size)):
@@ -514,7 +519,9 @@ def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[
     yield bytes(1024 + -(size + 1024) % tarfile.RECORDSIZE), 0
 
 
-def make_entry(name: str, blocks: Iterable[tuple[bytes, int]], file: BinaryIO | None = None) -> dict[str, Any]:
+def make_entry(
+    name: str, blocks: Iterable[tuple[bytes | memoryview, int]], file: BinaryIO | None = None
+) -> dict[str, Any]:
     """A shard's entry in the index, from its bytes as make_blocks() has them; writes them to a file if there is one."""
     sha256, size, listed = hashlib.sha256(), 0, []
     for data, samples in blocks:
@@ -529,20 +536,21 @@ def make_entry(name: str, blocks: Iterable[tuple[bytes, int]], file: BinaryIO | 
     return {"url": name} | counts | {"sha256": sha256.hexdigest(), "blocks": listed}
 
 
-class InvalidImages(Exception):
+class InvalidImagesError(Exception):
     """A shard with invalid images, which is not kept; args[0] lists their [path, problem]."""
 
 
 def write_shard(plan: Plan, number: int, images: list[Image], target: Target, skip_invalid: bool) -> dict[str, Any]:
     """Write one shard and return its entry in the index, in which "skipped" lists [path, problem] of invalid images.
 
-    InvalidImages if there are any and they are not to be skipped: all images are read, but no shard is stored.
+    InvalidImagesError if there are any and they are not to be skipped: all images are read, but no shard is stored.
     """
-    name, invalid = SHARD_NAME.format(plan.split, number), []
+    name = SHARD_NAME.format(plan.split, number)
+    invalid: list[list[str]] = []
     with open_writer(target, target.locate(name)) as file:
         entry = make_entry(name, make_blocks(make_samples(plan, images, invalid), plan.recipe["block_size"]), file)
         if invalid and not skip_invalid:
-            raise InvalidImages(invalid)
+            raise InvalidImagesError(invalid)
     return entry | ({"skipped": invalid} if invalid else {})
 
 
@@ -630,7 +638,7 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
             bar.update(len(plan.shards[number]))
             try:
                 entry = future.result()
-            except InvalidImages as error:
+            except InvalidImagesError as error:
                 invalid += error.args[0]
                 continue
             name, record = entry["url"], {"recipe": plan.recipe, "entry": entry}
@@ -683,7 +691,7 @@ def read_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes], 
             continue
         sample = {}
         for member in members:
-            tar.members = []  # otherwise it keeps all of them
+            tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
             if not member.isreg() or member.issparse():  # a sparse one may claim any size
                 raise tarfile.ReadError(f"{member.name}: not a regular file")
             sample[split_name(member.name)[1].lower()] = tar.extractfile(member).read()
@@ -745,7 +753,8 @@ def read_shards(
     ShardError, after a list of all problems, if there are any. Problems are also differences from the `expected`
     entries, and a key that two samples of a shard or, if `unique`, of all shards have.
     """
-    entries, highest, owner, problems = {}, -1, {}, []
+    entries, highest, problems = {}, -1, []
+    owner: dict[str, str] = {}  # shard of each key
     jobs = {name: (target, name, *options) for name in names}
     for name, future in tqdm(run_jobs(read_shard, jobs, workers), total=len(names), unit=" shards", disable=None):
         try:
@@ -847,6 +856,7 @@ def k_of_n(text: str) -> slice:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description="Pack ImageNet's image files into WebDataset shards and an index.",
@@ -887,6 +897,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags' values; exits with status 2 if they are not valid."""
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -934,6 +945,7 @@ def convert_all(args: argparse.Namespace, target: Target) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run, and return the exit status: 0, 1 after an error, 130 after ^C."""
     args, status = parse_args(argv), 1
     try:
         target = find_target(args)
@@ -954,5 +966,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # into a log file too
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # into a log file too
     sys.exit(main())

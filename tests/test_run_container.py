@@ -239,9 +239,9 @@ def test_interrupt_key_of_a_terminal(desk):
 def test_serve(converted, desk):
     script = f". '{TOP}/config.sh'; printf %s \"$nginx\""
     web = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=True).stdout
-    if subprocess.run([ENGINE, "image", "inspect", web], capture_output=True).returncode:
-        if subprocess.run([ENGINE, "pull", web], capture_output=True).returncode:
-            pytest.skip(f"{web}: no such image, and no registry to pull it from")
+    find = [ENGINE, "image", "inspect", web], [ENGINE, "pull", web]
+    if all(subprocess.run(command, capture_output=True).returncode for command in find):
+        pytest.skip(f"{web}: no such image, and no registry to pull it from")
     port, served = places.free_port(), b""
     process = desk.start("serve", env={"port": f"127.0.0.1:{port}", "nginx": web})
     while not served and process.poll() is None:

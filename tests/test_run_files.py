@@ -40,7 +40,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "command",
-    ["shellcheck --external-sources run config.sh .ci/run", "hadolint Dockerfile", "ruff check ."]
+    ["shellcheck --external-sources run config.sh .ci/run", "hadolint Dockerfile", "ruff check .", "mypy"]
     + ["yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 120}}}' train.yml"],
 )
 def test_linters_report_nothing(command):

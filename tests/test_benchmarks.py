@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from training import BATCH, SMALL
+from warm import python
 
 import imagenet_train as script
 
@@ -36,7 +37,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_benchmark_runs(name, tree, shards):
     flags, expected = RUNS[name]
-    command = [sys.executable, FOLDER / f"{name}.py", *(flag.format(tree=tree, shards=shards) for flag in flags)]
+    command = [python(), FOLDER / f"{name}.py", *(flag.format(tree=tree, shards=shards) for flag in flags)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     assert re.search(expected, run.stdout), run.stdout
@@ -67,7 +68,7 @@ def test_what_limits(request, source, capsys):
 
 
 def test_what_limits_two_ranks(shards):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = [*SMALL, f"--shards={shards}", "--steps=1", "--batch-size=3", "--devices=2", "--workers=1"]
     run = subprocess.run([*torchrun, FOLDER / "limit.py", *flags], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -23,6 +23,7 @@ import yaml
 from conftest import convert
 from PIL import Image
 from training import BATCH, SMALL
+from warm import python
 
 import imagenet_shards
 import imagenet_train as script
@@ -85,7 +86,7 @@ def make_desk(folder: Path) -> Path:
     for name in ("imagenet_shards.py", "imagenet_train.py", "requirements.txt"):
         shutil.copy(TOP / name, folder)
     (folder / "tests").symlink_to(TOP / "tests")
-    programs = {name: f'#!/bin/sh\nexec {sys.executable} "$@"\n' for name in ("python", "python3")}
+    programs = {name: f'#!/bin/sh\nexec {python()} "$@"\n' for name in ("python", "python3")}
     programs |= {"pip3": f'#!/bin/sh\nPIP_NO_INDEX=1 exec {sys.executable} -m pip "$@"\n', "sbatch": SBATCH}
     for name, text in programs.items():
         (folder / "bin" / name).write_text(text)
@@ -241,7 +242,7 @@ def test_prediction_of_one_image(desk, tree, tmp_path):
         (tmp_path / name).symlink_to(desk / name)
     shutil.copy(image, tmp_path / "image.jpg")
     (tmp_path / "predict.py").write_text(snippet.replace("resnet50", MODEL))
-    run = subprocess.run([sys.executable, "predict.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = subprocess.run([python(), "predict.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
     index = script.read_index(str(desk / "data"), "val")
     config = script.LoaderConfig(index, False, 1, size=224, resize=256)
@@ -297,7 +298,7 @@ def load(path: Path) -> ModuleType:
 def run_changed(path: Path, shards: Path, model: str = SMALL[0], **env: str) -> Path:
     """Train with a changed script; the run's folder."""
     output = path.parent / "output"
-    command = [sys.executable, path, model, *SMALL[1:], "--max-epochs=1", "--workers=1"]
+    command = [python(), path, model, *SMALL[1:], "--max-epochs=1", "--workers=1"]
     command += [f"--shards={shards}", f"--output={output}"]
     run = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -429,7 +430,7 @@ def flags_in(text: str) -> frozenset[str]:
 
 def test_every_flag_that_the_readme_names_exists():
     helps = "".join(
-        subprocess.run([sys.executable, TOP / name, "--help"], capture_output=True, text=True).stdout
+        subprocess.run([python(), TOP / name, "--help"], capture_output=True, text=True).stdout
         for name in ("imagenet_shards.py", "imagenet_train.py")
     )
     helps += "".join(path.read_text() for path in (TOP / "tests" / "benchmarks").glob("*.py"))

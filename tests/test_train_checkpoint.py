@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults import small_disk
 from ranks import assert_same_weights, checkpoint, exit_codes, log, run, start, steps
-from training import SMALL
+from training import SMALL, TINY
 
 import imagenet_train as script
 
@@ -30,7 +30,7 @@ def elsewhere(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def train(shards: Path, folder: Path, *flags: str) -> int:
-    return script.main([f"--shards={shards}", f"--output={folder}", "--workers=0", "--max-epochs=1", *SMALL, *flags])
+    return script.main([f"--shards={shards}", f"--output={folder}", "--workers=0", "--max-epochs=1", *TINY, *flags])
 
 
 def test_a_save_does_not_touch_the_previous_checkpoint(unique, tmp_path, elsewhere):
@@ -63,16 +63,16 @@ def test_a_full_disk_keeps_the_previous_checkpoint(unique, tmp_path, capsys):
     disk = tmp_path / "disk"
     small_disk(disk, "size=4700k")
     try:
-        assert train(unique, disk, "--max-steps=2") == 0
+        assert train(unique, disk, SMALL[0], "--max-steps=2") == 0
         last = disk / "version_0" / "last.ckpt"
         previous = last.read_bytes()
         capsys.readouterr()
-        assert train(unique, disk, "--max-steps=4", "--resume") == 1
+        assert train(unique, disk, SMALL[0], "--max-steps=4", "--resume") == 1
         error = f"{last}: can't save the checkpoint: No space left on device; the previous one is kept"
         assert capsys.readouterr().err == f"imagenet_train.py: {error}\n"
         assert last.read_bytes() == previous and not list(disk.rglob("*.tmp"))
         assert os.system(f"mount -o remount,size=20m '{disk}'") == 0
-        assert train(unique, disk, "--max-steps=4", "--resume") == 0
+        assert train(unique, disk, SMALL[0], "--max-steps=4", "--resume") == 0
         assert checkpoint(disk)["global_step"] == 4
     finally:
         os.system(f"umount '{disk}'")
@@ -82,7 +82,7 @@ def test_no_space_for_the_first_checkpoint(unique, tmp_path, capsys):
     disk = tmp_path / "disk"
     small_disk(disk, "size=1m")
     try:
-        assert train(unique, disk, "--max-steps=2") == 1
+        assert train(unique, disk, SMALL[0], "--max-steps=2") == 1
         assert "No space left on device; there is no previous one\n" in capsys.readouterr().err
         assert not list(disk.rglob("*.ckpt")) and not list(disk.rglob("*.tmp"))
     finally:

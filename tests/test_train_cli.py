@@ -7,14 +7,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from standin import make_tree
-from training import SMALL, record
+from training import SMALL, TINY, record
+from warm import python
 
 import imagenet_train as script
 
@@ -23,7 +23,7 @@ TOP = Path(script.__file__).parent
 
 def train(shards: Path | str, output: Path, *flags: str) -> int:
     """imagenet_train.py in this process; its exit status."""
-    return script.main([*SMALL, f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1", *flags])
+    return script.main([*TINY, f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1", *flags])
 
 
 def one_line(capsys) -> str:
@@ -119,7 +119,7 @@ def test_a_command_without_its_slash_is_shown_as_it_was_run(shards, tmp_path, ca
 
 def test_one_class_is_refused(tmp_path, capsys):
     make_tree(tmp_path / "tree", train=4, val=2, classes=1)
-    assert script.main([*SMALL, f"--imagenet={tmp_path}/tree", f"--output={tmp_path}/out"]) == 1
+    assert script.main([*TINY, f"--imagenet={tmp_path}/tree", f"--output={tmp_path}/out"]) == 1
     assert "has only the class n02128385; training needs two or more" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_model_is_refused(shards, tmp_path, capsys):
     assert train(shards, tmp_path, "--max-steps=1") == 0
     capsys.readouterr()
     assert train(shards, tmp_path, "--resume", "--model=squeezenet1_1") == 1
-    assert "for 10 classes of shufflenet_v2_x0_5, not 10 classes of squeezenet1_1" in one_line(capsys)
+    assert "for 10 classes of tiny, not 10 classes of squeezenet1_1" in one_line(capsys)
 
 
 LIMITED = """
@@ -168,9 +168,9 @@ def test_too_little_memory_of_the_cpu(shards, tmp_path):
     """A real limit of the address space, which a batch of large images exceeds."""
     flags = ["--model=resnet50", "--train-size=640", "--val-size=64", "--val-resize=64", "--batch-size=40",
              "--workers=0", "--accelerator=cpu", "--shuffle=1"]
-    command = [sys.executable, "-c", LIMITED, TOP, f"--shards={shards}", f"--output={tmp_path}/out", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    (tmp_path / "limited.py").write_text(LIMITED)
+    command = [python(), tmp_path / "limited.py", TOP, f"--shards={shards}", f"--output={tmp_path}/out", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
     assert "imagenet_train.py: --batch-size=40: this machine has too little memory; give a smaller one" in run.stderr
 
@@ -192,7 +192,7 @@ def test_errors_of_files_name_the_file(shards, tmp_path, capsys, monkeypatch):
 def interrupted(shards: Path, output: Path, pattern: str, *flags: str) -> tuple[int, str]:
     """Start the script, send SIGTERM once its output matches; exit status and stderr."""
     flags = (*SMALL, f"--shards={shards}", f"--output={output}", "--workers=0", *flags)
-    command = [sys.executable, TOP / "imagenet_train.py", *flags]
+    command = [python(), TOP / "imagenet_train.py", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0) as process:
         seen = ""
         while not re.search(pattern, seen) and (more := process.stdout.read(1)):
@@ -307,8 +307,8 @@ def test_the_best_epoch_is_exported(shards, tmp_path):
     assert metrics["epoch"] == float(best["epoch"]) and metrics["step"] == 15 * metrics["epoch"]
     assert {name: metrics[name] for name in ("val_top1", "val_top5", "val_loss")} == pytest.approx(
         {name: float(best[name]) for name in ("val_top1", "val_top5", "val_loss")})
-    assert (metrics["model"], metrics["val_size"], metrics["val_resize"]) == ("shufflenet_v2_x0_5", 32, 36)
-    model = torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=10)
+    assert (metrics["model"], metrics["val_size"], metrics["val_resize"]) == ("tiny", 32, 36)
+    model = torchvision.models.get_model("tiny", num_classes=10)
     model.load_state_dict(torch.load(version / "model.pt", weights_only=True))
     kept = torch.load(version / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, kept[f"model.{key}"]) for key, value in model.state_dict().items())

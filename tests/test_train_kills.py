@@ -1,18 +1,19 @@
 """Runs that are killed, at random moments and by request, and go on as if they had not been."""
 
+import os
 import random
 import re
 import signal
 import time
 
 import faults
-import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES
+from ranks import assert_same_weights, wait_for
 from ranks import steps as steps_made
-from ranks import wait_for
-from training import BATCH, diary, record, start, weights
+from training import BATCH, diary, record, start
 
 STEPS = TRAIN_IMAGES // BATCH
+KILLS = int(os.environ.get("KILLS", 8))  # at random moments
 
 
 def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path, monkeypatch):
@@ -28,11 +29,10 @@ def test_killed_and_resumed_is_as_if_never_killed(unique, tmp_path, monkeypatch)
         process.join()
         assert process.exitcode == (-signal.SIGKILL if step >= 0 else 0), (folder / "log").read_text()
     assert (folder / "rank-0.jsonl").read_text() == (tmp_path / "whole" / "rank-0.jsonl").read_text()
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(folder)[name]), name
+    assert_same_weights(folder, tmp_path / "whole")
 
 
-def test_sigkill_at_twenty_random_moments(unique, tmp_path):
+def test_sigkill_at_random_moments(unique, tmp_path):
     """3 epochs; after each kill --resume; at the end the weights of a run that was never killed."""
     flags = [f"--shards=pipe:cat {unique}/", "--max-epochs=3", "--checkpoint-every=2", "--resume"]
     whole = start(tmp_path / "whole", *flags)
@@ -40,7 +40,7 @@ def test_sigkill_at_twenty_random_moments(unique, tmp_path):
     assert whole.exitcode == 0, (tmp_path / "whole" / "log").read_text()
     folder, rng, kills = tmp_path / "killed", random.Random(0), 0
     book = folder / "rank-0.jsonl"
-    for _ in range(20):
+    for _ in range(KILLS):
         process, size = start(folder, *flags), book.stat().st_size if book.exists() else 0
         while rng.random() < 0.99 and process.is_alive() and (not book.exists() or book.stat().st_size == size):
             time.sleep(0.01)  # mostly until it makes steps, sometimes before
@@ -51,11 +51,10 @@ def test_sigkill_at_twenty_random_moments(unique, tmp_path):
         kills += process.exitcode != 0
     last = start(folder, *flags)
     last.join()
-    assert last.exitcode == 0 and kills >= 8
+    assert last.exitcode == 0 and kills >= KILLS * 0.4
     print(f"{kills} kills")
     assert steps_made(folder) == steps_made(tmp_path / "whole") and len(steps_made(folder)) == 3 * STEPS
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(folder)[name]), name
+    assert_same_weights(folder, tmp_path / "whole")
 
 
 def test_killed_in_validation_it_validates_again(unique, tmp_path):
@@ -76,13 +75,13 @@ def test_killed_in_validation_it_validates_again(unique, tmp_path):
 
 def test_max_steps_and_then_more(unique, tmp_path):
     """Stopped by --max-steps within an epoch, and gone on with: no batch is lost or doubled."""
-    for steps in ("7", "30"):
-        process = start(tmp_path / "out", f"--shards={unique}", f"--max-steps={steps}", "--max-epochs=3", "--resume")
+    for steps in ("7", "18"):
+        process = start(tmp_path / "out", f"--shards={unique}", f"--max-steps={steps}", "--max-epochs=2", "--resume")
         process.join()
         assert process.exitcode == 0, (tmp_path / "out" / "log").read_text()
-    process = start(tmp_path / "whole", f"--shards={unique}", "--max-steps=30", "--max-epochs=3")
+    process = start(tmp_path / "whole", f"--shards={unique}", "--max-steps=18", "--max-epochs=2")
     process.join()
-    assert steps_made(tmp_path / "out") == steps_made(tmp_path / "whole") and len(steps_made(tmp_path / "out")) == 30
+    assert steps_made(tmp_path / "out") == steps_made(tmp_path / "whole") and len(steps_made(tmp_path / "out")) == 18
 
 
 def test_two_ranks_outlast_a_server_that_dies(unique, tmp_path):

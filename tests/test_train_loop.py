@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TRAIN_IMAGES, VAL_IMAGES, forked
 from ranks import assert_same_weights, checkpoint, log, run
-from training import BATCH, SMALL, record
+from training import BATCH, TINY, record
 
 import imagenet_train as script
 
@@ -68,7 +68,7 @@ def rates(monkeypatch):
             return trainer
 
         monkeypatch.setattr(script, "make_trainer", with_recorder)
-        assert script.main([f"--output={folder}", "--workers=0", *SMALL, *flags]) == 0
+        assert script.main([f"--output={folder}", "--workers=0", *TINY, *flags]) == 0
         return recorder.used
 
     return train
@@ -184,7 +184,7 @@ def test_two_ranks_validate_the_model_that_is_saved(unique, tmp_path, monkeypatc
 def test_a_resumed_run_draws_the_same_dropout(unique, tmp_path):
     """In the middle of an epoch, of a model with dropout and without batch norm."""
     flags = [f"--shards={unique}", "--model=squeezenet1_1", "--max-epochs=1", "--resume", "--checkpoint-every=3"]
-    train = [f"--output={tmp_path / 'whole'}", "--workers=0", *SMALL, *flags]
+    train = [f"--output={tmp_path / 'whole'}", "--workers=0", *TINY, *flags]
     assert script.main(train) == 0
     train[0] = f"--output={tmp_path / 'parts'}"
     for steps in ("--max-steps=4", "--max-steps=7", "--max-steps=-1"):
@@ -241,7 +241,7 @@ def in_terminal(columns: int, *args: str) -> str:
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # not pytest's
         fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         forked()
-        os._exit(script.main([*SMALL, "--workers=0", *args]))
+        os._exit(script.main([*TINY, "--workers=0", *args]))
     data = b""
     try:
         while part := os.read(terminal, 1 << 16):

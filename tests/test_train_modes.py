@@ -1,14 +1,14 @@
 """imagenet_train.py's other ways: from the raw files, and with growing images."""
 
 import pytest
-from training import SMALL
+from training import TINY
 
 import imagenet_train as script
 
 
 def run(*flags: str) -> int:
     """imagenet_train.py in this process; its exit status."""
-    return script.main([*SMALL, "--workers=1", *flags])
+    return script.main([*TINY, "--workers=1", *flags])
 
 
 # ---------------------------------------------------------------- --imagenet

@@ -12,13 +12,13 @@ import matplotlib.figure
 import numpy
 import pytest
 from PIL import Image
-from training import SMALL
+from training import TINY
 
 import imagenet_train as script
 
 
 def train(shards: Path, output: Path, *flags: str) -> int:
-    return script.main([*SMALL, f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1", *flags])
+    return script.main([*TINY, f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1", *flags])
 
 
 # ---------------------------------------------------------------- --preview
@@ -88,7 +88,7 @@ def test_preview_leaves_out_what_cannot_be_decoded(tree, tmp_path):
         if path.name.endswith(("1.JPEG", "3.JPEG")):
             path.write_bytes(b"no image")
     flags = [f"--preview={tmp_path}/sheet.png", f"--output={tmp_path}/out", "--batch-size=60", "--train-size=32"]
-    assert script.main([*SMALL, f"--imagenet={folder}", *flags]) == 0
+    assert script.main([*TINY, f"--imagenet={folder}", *flags]) == 0
     assert Image.open(tmp_path / "sheet.png").width > 100
 
 

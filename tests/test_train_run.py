@@ -56,7 +56,7 @@ def test_one_epoch(shards, tmp_path, capsys):
     assert train(f"pipe:cat {shards}/", tmp_path / "out", "--max-steps=4") == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"shufflenet_v2_x0_5 on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val in 5, 10 classes; "
+        r"tiny on 1 cpu × 0 workers, 32-true: 60 train images in 9 shards, 30 val in 5, 10 classes; "
         rf"15 batches of 4 × 1 an epoch; from pipe:cat {shards}/", out)
     assert {"last.ckpt", "metrics.csv"} <= {path.name for path in (tmp_path / "out" / "version_0").iterdir()}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from training import SMALL, record
+from training import SMALL, TINY, record
 
 import imagenet_train as script
 
@@ -258,11 +258,11 @@ def test_weights_for_other_inputs_are_refused():
 def test_evaluation_of_a_checkpoint_on_one_and_two_ranks(shards, tmp_path, capsys):
     """--resume and --weights give the line that training printed, on any number of ranks; training is not touched."""
     output = tmp_path / "out"
-    assert run(shards, output, *SMALL, "--lr=0.01") == 0
+    assert run(shards, output, *TINY, "--lr=0.01") == 0
     [trained] = re.findall(r"validated 30/30 images: .* loss [\d.]+", capsys.readouterr().out)
     before = {path.name: path.read_bytes() for path in (output / "version_0").iterdir()}
     for flag in ("--resume", f"--resume={output}/version_0", f"--weights={output}/version_0/model.pt"):
-        assert run(shards, output, *SMALL, "--evaluate", flag) == 0
+        assert run(shards, output, *TINY, "--evaluate", flag) == 0
         assert f"{trained}\n" in capsys.readouterr().out
     done = record(tmp_path / "two", f"--shards={shards}", f"--output={output}", "--evaluate", "--resume", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forked
-from training import SMALL
+from training import TINY
 
 import imagenet_train as script
 
@@ -33,7 +33,7 @@ def run_rank(folder: Path, flags: list[str], env: dict[str, str]) -> None:
         import record
 
         record.folder = folder
-        os._exit(script.main([*SMALL, "--workers=1", f"--output={folder}/out", *flags]))
+        os._exit(script.main([*TINY, "--workers=1", f"--output={folder}/out", *flags]))
 
 
 def start(folder: Path, *flags: str, ranks: int = 1, **env: str) -> list[BaseProcess]:

@@ -23,6 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import tiny  # noqa: E402, F401
+
 import imagenet_train  # noqa: E402
 
 

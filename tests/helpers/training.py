@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tiny  # noqa: F401
 import torch
 from conftest import forked
+from warm import python
 
 import imagenet_train as script
 
@@ -16,6 +18,7 @@ HERE = Path(__file__).parent
 BATCH = 4
 SMALL = ["--model=shufflenet_v2_x0_5", "--train-size=32", "--val-size=32", "--val-resize=36", f"--batch-size={BATCH}",
          "--shuffle=5", "--log-every=2", "--accelerator=cpu"]
+TINY = ["--model=tiny", *SMALL[1:]]  # see tiny.py
 
 
 def diary(folder: Path, rank: int, kind: str, epoch: int | None = None) -> list[list[int]]:
@@ -27,19 +30,19 @@ def diary(folder: Path, rank: int, kind: str, epoch: int | None = None) -> list[
 def record(folder: Path, *args: str, ranks: int = 1, workers: str = "2", **env: str) -> subprocess.CompletedProcess:
     """Run the script under torchrun with a diary; for several numbers of workers one after another."""
     folder.mkdir(exist_ok=True)
-    launch = [sys.executable]
+    launch = [python()]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         args = (*args, f"--devices={ranks}")
     return subprocess.run(
-        [*launch, HERE / "record.py", *SMALL, *args],
+        [*launch, HERE / "record.py", *TINY, *args],
         env=os.environ | {"RECORD": str(folder), "WORKERS": workers, "OMP_NUM_THREADS": "1"} | env,
         capture_output=True, text=True, timeout=800,
     )
 
 
 def train(shards: Path | str, folder: Path, *flags: str) -> int:
-    return script.main([f"--shards={shards}", f"--output={folder}", "--workers=0", "--max-epochs=1", *SMALL, *flags])
+    return script.main([f"--shards={shards}", f"--output={folder}", "--workers=0", "--max-epochs=1", *TINY, *flags])
 
 
 def run_apart(folder: Path, flags: list[str]) -> None:
@@ -51,7 +54,7 @@ def run_apart(folder: Path, flags: list[str]) -> None:
         import record as recorder
 
         recorder.folder = folder
-        os._exit(script.main([*SMALL, "--workers=2", f"--output={folder}/out", *flags]))
+        os._exit(script.main([*TINY, "--workers=2", f"--output={folder}/out", *flags]))
 
 
 def start(folder: Path, *flags: str) -> multiprocessing.Process:
@@ -60,7 +63,3 @@ def start(folder: Path, *flags: str) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=run_apart, args=(folder, list(flags)))
     process.start()
     return process
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(script.newest_checkpoint(folder / "out"), weights_only=True)["state_dict"]

@@ -42,6 +42,14 @@ def pytest_runtest_call(item: pytest.Item):
 pytest_runtest_setup = pytest_runtest_call  # of fixtures too
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch) -> None:
+    """curves.png takes longer to draw than an epoch takes here; test_train_pictures.py and new processes draw it."""
+    script = sys.modules.get("imagenet_train")
+    if script and request.module.__name__ != "test_train_pictures":
+        monkeypatch.setattr(script, "draw_curves", lambda *args: None)
+
+
 def convert(tree: Path, folder: Path, *flags: str) -> int:
     """Run imagenet_shards.py in this process; its exit status."""
     return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", "--workers=2", *flags])

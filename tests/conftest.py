@@ -1,5 +1,6 @@
 """Small real trees and shards, made once a test process."""
 
+import gc
 import os
 import random
 import shutil
@@ -26,6 +27,10 @@ TRAIN_IMAGES = VAL_IMAGES = 47
 
 # What a machine may lack, and the Debian package that has it.
 TOOLS = {"nginx": "nginx-light", "envsubst": "gettext-base", "ip": "iproute2", "pgrep": "procps"}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # or each forked process walks through all that is imported, and so copies it
 
 
 @pytest.hookimpl(wrapper=True)

@@ -108,7 +108,7 @@ def test_the_best_score_survives_a_resume(unique, tmp_path):
 
 def test_two_ranks_killed_at_random_moments(unique, tmp_path, elsewhere):
     """SIGKILL of either rank or of both, a checkpoint after each step; the weights are those of an undisturbed run."""
-    flags = [f"--shards={unique}", "--max-epochs=2", "--checkpoint-every=1", "--resume"]
+    flags = [f"--shards={unique}", "--max-epochs=4", "--checkpoint-every=1", "--resume"]
     run(tmp_path / "undisturbed", *flags, ranks=2)
     folder, rng, kills = tmp_path / "killed", random.Random(), 0
     diary = folder / "rank-0.jsonl"
@@ -118,7 +118,7 @@ def test_two_ranks_killed_at_random_moments(unique, tmp_path, elsewhere):
         processes = start(folder, *flags, ranks=2)
         while processes[0].is_alive() and (not diary.exists() or diary.stat().st_size == size):
             time.sleep(0.01)  # until it makes steps
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         for rank in victim:
             processes[rank].kill()
             processes[rank].join()

@@ -44,7 +44,7 @@ def test_sigkill_at_random_moments(unique, tmp_path):
         process, size = start(folder, *flags), book.stat().st_size if book.exists() else 0
         while rng.random() < 0.99 and process.is_alive() and (not book.exists() or book.stat().st_size == size):
             time.sleep(0.01)  # mostly until it makes steps, sometimes before
-        process.join(rng.uniform(0, 0.2))
+        process.join(rng.uniform(0, 0.04))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL), (folder / "log").read_text()[-2000:]

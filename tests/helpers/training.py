@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import tiny  # noqa: F401
-import torch
 from conftest import forked
 from warm import python
 

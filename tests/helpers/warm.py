@@ -29,23 +29,22 @@ TOP = Path(__file__).parents[2]
 
 
 @functools.cache
-def folder() -> "tempfile.TemporaryDirectory":
-    """Of the stand-in; removed when the tests end."""
-    return tempfile.TemporaryDirectory()
-
-
-@functools.cache
-def python() -> str:
-    """The stand-in's path. Its interpreter ends with this process, by the end of its standard input."""
-    program, address = Path(folder().name) / "python3", f"warm-{os.getpid()}"
+def start() -> "tuple[tempfile.TemporaryDirectory, subprocess.Popen]":
+    """The folder of the program and its socket, which ends with this process, and the interpreter, which does too."""
+    folder = tempfile.TemporaryDirectory()
+    program, address = Path(folder.name, "python3"), f"{folder.name}/socket"
     words = [sys.executable, "-u", __file__, "serve", address, str(program)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True)
     assert server.stdout.readline() == b"ready\n"
-    python.server = server  # or its pipe is closed
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} ask {address} "$@"\n')
     program.chmod(0o755)
-    return str(program)
+    return folder, server
+
+
+def python() -> str:
+    """The program's path."""
+    return f"{start()[0].name}/python3"
 
 
 def ask(address: str, *arguments: str) -> None:
@@ -54,7 +53,7 @@ def ask(address: str, *arguments: str) -> None:
     if not arguments or (arguments[0][0] == "-" and arguments[0] != "-m"):
         os.execv(sys.executable, [sys.executable, *arguments])
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(f"\0{address}")
+        server.connect(address)
         socket.send_fds(server, [b" "], [0, 1, 2])
         server.sendall(json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode() + b"\n")
         answers = server.makefile()
@@ -122,7 +121,7 @@ def serve(address: str, program: str) -> None:
     del sys.modules["imagenet_train"]  # each script imports its own
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"\0{address}")
+        listener.bind(address)
         listener.listen(64)
         print("ready", flush=True)
         while True:

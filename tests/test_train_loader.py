@@ -65,6 +65,7 @@ def test_the_same_seed_repeats_and_another_does_not(unique):
 def test_epochs_follow_each_other_from_the_same_processes(unique, workers, source):
     """Every epoch is what a loader that begins with it makes; the processes stay, and none is started anew."""
     config = train_config(source.format(unique), workers=workers, epochs=3)
+    others = {process.pid for process in multiprocessing.active_children()}  # what earlier tests left
     loader, processes = Loader(config), set()
     for epoch in range(3):
         fresh = Loader(config)
@@ -73,7 +74,7 @@ def test_epochs_follow_each_other_from_the_same_processes(unique, workers, sourc
         assert batches == labels_of(fresh) and [len(batch) for batch in batches] == [BATCH] * (TRAIN_IMAGES // BATCH)
         assert len({label for batch in batches for label in batch}) == TRAIN_IMAGES // BATCH * BATCH
         fresh.batches = None
-        processes |= {process.pid for process in multiprocessing.active_children()}
+        processes |= {process.pid for process in multiprocessing.active_children()} - others
     assert len(processes) <= workers * 4  # the loader's own, and those of three fresh ones
     with pytest.raises(StopIteration):
         next(loader.batches)  # nothing is read for epochs that do not come

@@ -990,6 +990,36 @@ def end_with_parent(worker: int) -> None:
     threading.Thread(target=lambda: (wait_for_any([parent]), os._exit(1)), daemon=True).start()
 
 
+START_TIMEOUT = 60  # seconds in which a loader process calls end_with_parent()
+
+
+def start_loading(dataset: EpochDataset, workers: int) -> Iterator[list]:
+    """The dataset's batches, from new loader processes. TrainError if they don't start.
+
+    Python before 3.10.15 and 3.11.10 may deadlock in a new process if a thread, such as those of torch.distributed,
+    starts or ends at that moment (https://github.com/python/cpython/issues/112275). Such a process is replaced.
+    """
+    for _ in range(3):
+        others = multiprocessing.active_children()
+        batches = iter(DataLoader(
+            dataset, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=end_with_parent, multiprocessing_context=START_METHOD if workers else None,
+        ))
+        waiting = set(multiprocessing.active_children()) - set(others) if START_METHOD == "fork" else set()
+        begun = time.monotonic()
+        while waiting and time.monotonic() - begun < START_TIMEOUT:
+            waiting = {process for process in waiting if process.is_alive() and os.getpgid(process.pid) != process.pid}
+            time.sleep(0.01)
+        if not waiting:
+            return batches
+        for process in waiting:
+            with contextlib.suppress(RuntimeError):  # by which PyTorch reports a killed process
+                process.kill()
+                process.join()
+            process.join()
+    raise TrainError(f"loader processes did not start within {START_TIMEOUT} s; use a newer Python or fewer --workers")
+
+
 class Loader:
     """One rank's batches, an epoch for each iter(): [images uint8 [B, S, S, 3], labels int64 [B], −1: does not count].
 
@@ -1052,11 +1082,8 @@ class Loader:
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         config = self.config
         if self.batches is None:
-            self.batches = iter(DataLoader(
-                EpochDataset(config, self.epoch, self.history.copy(), self.disk_full), batch_size=None,
-                num_workers=config.workers, pin_memory=torch.cuda.is_available(), worker_init_fn=end_with_parent,
-                multiprocessing_context=START_METHOD if config.workers else None,
-            ))
+            dataset = EpochDataset(config, self.epoch, self.history.copy(), self.disk_full)
+            self.batches = start_loading(dataset, config.workers)
         if not self.done:
             self.bad = 0
         for _ in range(len(self) - self.done):

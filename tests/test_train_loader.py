@@ -7,6 +7,7 @@ import tarfile
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,28 @@ def test_processes_are_started_by_spawn_where_there_is_no_fork(unique, monkeypat
     expected = labels_of(Loader(config))
     monkeypatch.setattr(script, "START_METHOD", "spawn")
     assert labels_of(Loader(config)) == expected
+
+
+def test_a_process_that_does_not_start_is_replaced(unique, tmp_path, monkeypatch, capfd):
+    """As one that is forked while another thread holds a lock of Python's."""
+    config, start = train_config(unique, workers=2), script.end_with_parent
+    expected = labels_of(Loader(config))
+
+    def hang(worker: int, times: int) -> None:
+        if worker == 0 and len(list(tmp_path.iterdir())) < times:
+            (tmp_path / str(os.getpid())).touch()
+            time.sleep(1000)
+        start(worker)
+
+    monkeypatch.setattr(script, "START_TIMEOUT", 2)
+    monkeypatch.setattr(script, "end_with_parent", partial(hang, times=1))
+    assert labels_of(Loader(config)) == expected
+    monkeypatch.setattr(script, "end_with_parent", partial(hang, times=9))
+    with pytest.raises(TrainError, match="loader processes did not start within 2 s"):
+        labels_of(Loader(config))
+    hung = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(hung) == 4 and not [pid for pid in hung if Path(f"/proc/{pid}").exists()]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_worker_that_is_killed_is_one_clear_error(unique, monkeypatch):

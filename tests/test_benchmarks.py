@@ -29,6 +29,7 @@ RUNS = {
     "planning": ([], r"planning shards.*14\d shards.*\n.*loading the index"),
     "order": (["--blocks=256", "--buffers=2000", "--images=70000"],
               r"\| blocks of 256 \| \d+ \|\n\| whole shards .*\n[^$]*\| 1,024 \| [\d.]+ \|"),
+    "sources": (["--shards={shards}", "--rounds=1"], r"\| nginx, in ranges \| [\d,]+ \| [\d,]+ \|\n"),
     "step": (["--shards={shards}", *SMALL, "--model=squeezenet1_1", "--batch-size=1", "--rounds=1"],
              r"bare +[\d.,]+ images/s .*\nscript .*\nshards +[\d.,]+ images/s"),
 }  # fmt: skip

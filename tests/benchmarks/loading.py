@@ -10,7 +10,7 @@ Each gives batches of RandomResizedCrop + flip: float32, normalised, NCHW; where
 of which a GPU makes the floats. Each runs in a process of its own, and the start of its workers counts. `pillow` only
 reads and decodes each file, in one process: no crop, no batches. A peer that is not installed is left out:
 
-    pip install timm litdata mosaicml-streaming nvidia-dali-cuda120
+    pip install timm litdata mosaicml-streaming spdl nvidia-dali-cuda120
 """
 
 from __future__ import annotations
@@ -177,6 +177,27 @@ def dali_u8(work: Path, a: argparse.Namespace) -> Iterable:
     return dali(work, a, floats=False)
 
 
+def spdl(work: Path, a: argparse.Namespace) -> Iterable:
+    """SPDL with torchvision's transforms, as its own example: threads in one process."""
+    from spdl.pipeline import PipelineBuilder
+    from torchvision.datasets import ImageFolder
+
+    def load(item: tuple[str, int]) -> tuple[torch.Tensor, int]:
+        with Image.open(item[0]) as image:
+            return transform(image.convert("RGB")), item[1]
+
+    def collate(rows: list) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([x for x, _ in rows]), torch.tensor([y for _, y in rows])
+
+    transform, items = crops(a.size), ImageFolder(work / "tree/train").samples
+    random.shuffle(items)
+    stages = PipelineBuilder().add_source(items).pipe(load, concurrency=a.workers)
+    stages = stages.aggregate(a.batch, drop_last=True).pipe(collate).add_sink(4)
+    pipeline = stages.build(num_threads=a.workers + 1)
+    with pipeline.auto_stop():
+        yield from pipeline.get_iterator(timeout=120)
+
+
 def pillow(work: Path, a: argparse.Namespace) -> Iterable:
     paths = sorted(work.glob("tree/train/*/*"))
     random.Random(0).shuffle(paths)
@@ -194,6 +215,7 @@ LOADERS: dict[str, tuple[Callable, str | None]] = {  # and the package that it n
     "timm": (timm, "timm"),
     "litdata": (litdata, "litdata"),
     "mosaicml": (mosaicml, "streaming"),
+    "spdl": (spdl, "spdl.pipeline"),
     "dali": (dali, "nvidia.dali"),
     "dali-u8": (dali_u8, "nvidia.dali"),
     "pillow": (pillow, None),

@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
 
 import PIL.features
@@ -504,36 +505,40 @@ def make_samples(plan: Plan, images: list[Image], invalid: list[list[str]]) -> I
             yield {"__key__": image.key, "jpg": jpg, "cls": image.label}
 
 
-def make_blocks(samples: Iterator[dict[str, Any]], block_size: int) -> Iterator[tuple[bytes | memoryview, int]]:
-    """A tar file of these samples, a block at a time: (bytes, number of samples). The trailer comes last, with none."""
+def tar_samples(samples: Iterator[dict[str, Any]]) -> Iterator[tuple[bytes, int]]:
+    """A tar file of these samples: (the bytes of a sample's members, 1) each, and (the file's trailer, 0)."""
+    written: list[bytes] = []
     size = 0
-    while block := list(itertools.islice(samples, block_size)):
-        stream = io.BytesIO()
-        # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
-        with wds.TarWriter(stream, mtime=0) as tar:
-            for sample in block:
-                tar.write(sample)
-            end = tar.tarstream.offset  # without the block's own trailer
-        yield stream.getbuffer()[:end], len(block)
-        size += end
+    # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
+    tar = wds.TarWriter(io.BytesIO(), mtime=0)
+    # Without tarfile's buffer, and a file in one piece: 1.2 times as fast.
+    tar.tarstream.fileobj, tar.tarstream.copybufsize = SimpleNamespace(write=written.append), 1 << 30
+    for sample in samples:
+        tar.write(sample)
+        data = b"".join(written)
+        yield data, 1
+        size += len(data)
+        written.clear()
     yield bytes(1024 + -(size + 1024) % tarfile.RECORDSIZE), 0
 
 
 def make_entry(
-    name: str, blocks: Iterable[tuple[bytes | memoryview, int]], file: BinaryIO | None = None
+    name: str, parts: Iterable[tuple[bytes, int]], block_size: int, file: BinaryIO | None = None
 ) -> dict[str, Any]:
-    """A shard's entry in the index, from its bytes as make_blocks() has them; writes them to a file if there is one."""
-    sha256, size, listed = hashlib.sha256(), 0, []
-    for data, samples in blocks:
+    """A shard's entry in the index, from its bytes as tar_samples() has them; writes them to a file if there is one."""
+    sha256, crc32, start, size, samples = hashlib.sha256(), 0, 0, 0, 0
+    blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]
+    for data, added in parts:
         check_stop()
+        if samples == block_size or (samples and not added):
+            blocks.append([start, size - start, samples, crc32])
+            start, samples, crc32 = size, 0, 0
         if file:
             file.write(data)
-        if samples:
-            listed.append([size, len(data), samples, zlib.crc32(data)])
         sha256.update(data)
-        size += len(data)
-    counts = {"nsamples": sum(samples for _, _, samples, _ in listed), "filesize": size}
-    return {"url": name} | counts | {"sha256": sha256.hexdigest(), "blocks": listed}
+        crc32, size, samples = zlib.crc32(data, crc32), size + len(data), samples + added
+    counts = {"nsamples": sum(block[2] for block in blocks), "filesize": size}
+    return {"url": name} | counts | {"sha256": sha256.hexdigest(), "blocks": blocks}
 
 
 class InvalidImagesError(Exception):
@@ -548,7 +553,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], target: Target, sk
     name = SHARD_NAME.format(plan.split, number)
     invalid: list[list[str]] = []
     with open_writer(target, target.locate(name)) as file:
-        entry = make_entry(name, make_blocks(make_samples(plan, images, invalid), plan.recipe["block_size"]), file)
+        entry = make_entry(name, tar_samples(make_samples(plan, images, invalid)), plan.recipe["block_size"], file)
         if invalid and not skip_invalid:
             raise InvalidImagesError(invalid)
     return entry | ({"skipped": invalid} if invalid else {})
@@ -709,14 +714,14 @@ def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> i
     return int(sample["cls"])
 
 
-def read_blocks(file: BinaryIO, ends: list[int], block_size: int) -> Iterator[tuple[bytes, int]]:
-    """A shard's bytes as make_blocks() has them, from the positions where its samples end."""
+def read_parts(file: BinaryIO, ends: list[int]) -> Iterator[tuple[bytes, int]]:
+    """A shard's bytes as tar_samples() has them, from the positions where its samples end."""
     file.seek(0)
-    for number in range(0, len(ends), block_size):
-        block = ends[number : number + block_size]
-        yield file.read(block[-1] - file.tell()), len(block)
+    for end in ends:
+        yield file.read(end - file.tell()), 1
     while data := file.read(1 << 20):
         yield data, 0
+    yield b"", 0
 
 
 def read_shard(
@@ -741,7 +746,7 @@ def read_shard(
         trailer = file.read(1 << 20)
         if not problems and (len(trailer) < 1024 or trailer.strip(b"\0")):  # tarfile ends at a damaged header
             problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
-        entry = make_entry(name, read_blocks(file, ends, block_size))
+        entry = make_entry(name, read_parts(file, ends), block_size)
     return entry, keys, highest, problems
 
 

@@ -63,11 +63,11 @@ def test_blocks_are_found_again_where_they_were_written(lengths, block_size):
     """A shard's entry is the same when it is written and when it is read; webdataset's writer makes the same file."""
     samples = [{"__key__": str(key), "jpg": bytes(length), "cls": key} for key, length in enumerate(lengths)]
     file, oracle = io.BytesIO(), io.BytesIO()
-    entry = script.make_entry("x.tar", script.make_blocks(iter(samples), block_size), file)
+    entry = script.make_entry("x.tar", script.tar_samples(iter(samples)), block_size, file)
     with wds.TarWriter(oracle, mtime=0) as tar:
         ends = [tar.write(sample) and tar.tarstream.offset for sample in samples]
     assert file.getvalue() == oracle.getvalue()
-    assert entry == script.make_entry("x.tar", script.read_blocks(file, ends, block_size))
+    assert entry == script.make_entry("x.tar", script.read_parts(file, ends), block_size)
     assert sum(samples for _, _, samples, _ in entry["blocks"]) == len(lengths)
 
 

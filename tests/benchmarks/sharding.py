@@ -12,6 +12,7 @@ the memory of the largest process, libraries included; it must not grow with the
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -25,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import webdataset as wds
@@ -44,7 +44,11 @@ def drop_from_cache(paths: list[Path]) -> None:
 
 def convert(tree: Path, images: list[tuple[Path, int]], out: Path, workers: int, script: Path) -> None:
     flags = [f"--imagenet={tree}", f"--shards={out}", "--splits=train", "--maxsize=6e7", f"--workers={workers}"]
-    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+    spec = importlib.util.spec_from_file_location("script", script)
+    sys.modules["script"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # in this process, as the others: imports, which take seconds, do not count
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert module.main(flags) == 0
 
 
 def loop(tree: Path, images: list[tuple[Path, int]], out: Path) -> None:
@@ -124,8 +128,8 @@ def main() -> None:
             name = "ours" if script != args.other else "other"
             run = partial(convert, script=script)
             rivals |= {f"{name}, {n} workers": partial(run, workers=int(n)) for n in args.workers.split(",")}
-        rivals |= {"litdata optimize, 2 workers": litdata} if find_spec("litdata") else {}
-        rivals |= {"MosaicML MDSWriter": mosaic} if find_spec("streaming") else {}
+        rivals |= {"litdata optimize, 2 workers": litdata} if importlib.util.find_spec("litdata") else {}
+        rivals |= {"MosaicML MDSWriter": mosaic} if importlib.util.find_spec("streaming") else {}
         times: dict[str, list[tuple[float, ...]]] = {name: [] for name in rivals}
         for _ in range(args.rounds):
             for name, write in rivals.items():

@@ -1065,9 +1065,12 @@ class Loader:
             self.epoch += self.config.training
 
     def next_batch(self) -> list:
-        """What the loader processes made. TrainError if they failed."""
+        """What the loader processes made; starts them if there are none. TrainError if they failed."""
         begun = time.perf_counter()
         try:
+            if self.batches is None:
+                dataset = EpochDataset(self.config, self.epoch, self.history.copy(), self.disk_full)
+                self.batches = start_loading(dataset, self.config.workers)
             batch = next(self.batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
@@ -1081,9 +1084,6 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         config = self.config
-        if self.batches is None:
-            dataset = EpochDataset(config, self.epoch, self.history.copy(), self.disk_full)
-            self.batches = start_loading(dataset, config.workers)
         if not self.done:
             self.bad = 0
         for _ in range(len(self) - self.done):

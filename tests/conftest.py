@@ -29,6 +29,10 @@ TRAIN_IMAGES = VAL_IMAGES = 47
 TOOLS = {"nginx": "nginx-light", "envsubst": "gettext-base", "ip": "iproute2", "pgrep": "procps"}
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return (os.cpu_count() or 1) + 1  # many tests wait, for a process or for a limit of time
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()  # or each forked process walks through all that is imported, and so copies it
 

@@ -158,8 +158,9 @@ def test_a_process_that_does_not_start_is_replaced(unique, tmp_path, monkeypatch
     assert capfd.readouterr().err == ""
 
 
-def test_a_worker_that_is_killed_is_one_clear_error(unique, monkeypatch):
-    monkeypatch.setattr(script, "decode", lambda *args, **kwargs: os.kill(os.getpid(), 9))
+@pytest.mark.parametrize("moment", ["decode", "end_with_parent"])  # the latter is the first that it calls
+def test_a_worker_that_is_killed_is_one_clear_error(unique, monkeypatch, moment):
+    monkeypatch.setattr(script, moment, lambda *args, **kwargs: os.kill(os.getpid(), 9))
     with pytest.raises(TrainError, match="a loader process was killed .* fewer --workers"):
         list(Loader(train_config(unique, workers=2)))
 

@@ -582,9 +582,9 @@ def write_index(target: Target, split: str, about: dict[str, Any], entries: list
     stub = json.dumps({"__kind__": UNFINISHED, "message": message} | about, indent=1) + "\n"
     store(target, index, format_index(head | about | {"shardlist": entries}) if entries else stub)
     splits = {}
-    for split, name in (("train", "train"), ("val", "validation")):
+    for ours, name in (("train", "train"), ("val", "validation")):
         with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or a stub
-            shards = json.loads((target.record / INDEX_NAME.format(split)).read_text())["shardlist"]
+            shards = json.loads((target.record / INDEX_NAME.format(ours)).read_text())["shardlist"]
             lengths, files = [shard["nsamples"] for shard in shards], [shard["url"] for shard in shards]
             splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
     store(target, "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")

@@ -848,11 +848,16 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
     return torch.frombuffer(image.tobytes(), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
+def sample_rng(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> random.Random:
+    """What draws a sample's augmentation: a function of (seed, epoch, key)."""
+    return random.Random(f"{config.seed}/{epoch}/{sample['__key__']}")
+
+
 def train_image(data: bytes, config: LoaderConfig, rng: random.Random) -> torch.Tensor:
     """A random crop, mirrored at random: uint8 [size, size, 3].
 
-    Another augmentation goes here. Draw its parameters from `rng`, a function of (seed, epoch, key): then an image gets
-    the same ones whoever decodes it, also after a resume.
+    Another augmentation goes here. Draw its parameters from `rng`, which is sample_rng()'s: then an image gets the same
+    ones whoever decodes it, also after a resume.
     """
     file, frame = io.BytesIO(data), jpeg_frame(data)
     width, height = frame[:2] if frame else open_image(file).size  # 0.03 ms more
@@ -879,8 +884,10 @@ def decode(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> tuple[to
         label = int(sample["cls"])
         if not 0 <= label < len(config.index.classes):
             raise ValueError(f"label {label}, but the index has {len(config.index.classes)} classes")
-        data, rng = image_bytes(sample), random.Random(f"{config.seed}/{epoch}/{sample['__key__']}")
-        return train_image(data, config, rng) if config.training else val_image(data, config), label
+        data = image_bytes(sample)
+        if config.training:
+            return train_image(data, config, sample_rng(sample, config, epoch)), label
+        return val_image(data, config), label
     except Exception as error:  # Pillow raises many kinds on bad bytes
         raise TrainError(f"{sample['__url__']}: {sample['__key__']}: {reason(error)}") from None
 
@@ -1000,12 +1007,12 @@ def start_loading(dataset: EpochDataset, workers: int) -> Iterator[list]:
     starts or ends at that moment (https://github.com/python/cpython/issues/112275). Such a process is replaced.
     """
     for _ in range(3):
-        others = multiprocessing.active_children()
+        others = set(multiprocessing.active_children())
         batches = iter(DataLoader(
             dataset, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(),
             worker_init_fn=end_with_parent, multiprocessing_context=START_METHOD if workers else None,
         ))
-        waiting = set(multiprocessing.active_children()) - set(others) if START_METHOD == "fork" else set()
+        waiting = set(multiprocessing.active_children()) - others if START_METHOD == "fork" else set()
         begun = time.monotonic()
         while waiting and time.monotonic() - begun < START_TIMEOUT:
             waiting = {process for process in waiting if process.is_alive() and os.getpgid(process.pid) != process.pid}
@@ -1590,7 +1597,7 @@ def preview(config: LoaderConfig, path: Path) -> None:
             continue  # can't be decoded: training reports it
         left, top = position % columns * width + 8, position // columns * height + 4
         original = read_rgb(io.BytesIO(image_bytes(sample)))
-        box = random_crop(*original.size, random.Random(f"{config.seed}/0/{sample['__key__']}"))
+        box = random_crop(*original.size, sample_rng(sample, config, epoch=0))
         scale = size / max(original.size)
         original = original.resize([max(1, round(scale * side)) for side in original.size])
         ImageDraw.Draw(original).rectangle([round(scale * edge) for edge in box], outline="red", width=2)

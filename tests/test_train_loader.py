@@ -246,7 +246,7 @@ def test_within_an_epoch_another_index_seed_or_order_is_refused(unique, shards, 
     with pytest.raises(TrainError, match="seed 0 there, 1 here"):
         Loader(train_config(unique, seed=1)).load_state_dict(state)
     real = script.shuffled
-    monkeypatch.setattr(script, "shuffled", lambda numbers, *settings: real(numbers[::-1], *settings))
+    monkeypatch.setattr(script, "shuffled", lambda samples, *settings: real(dict(reversed(samples.items())), *settings))
     with pytest.raises(TrainError, match="order [0-9a-f]{16} there, [0-9a-f]{16} here"):
         Loader(train_config(unique)).load_state_dict(state)
     monkeypatch.undo()

@@ -125,10 +125,10 @@ def test_the_line_permutes_blocks_or_shards(layout, division, epoch):
         units if division.seekable else [n for s in units for n, block in enumerate(index.blocks) if block.shard == s]
     )
     assert line.blocks == expected
-    numbers = [n for block in expected for n in range(index.starts[block], index.starts[block + 1])]
-    assert line.samples(range(len(line))) == numbers
+    samples = {block: list(range(index.starts[block], index.starts[block + 1])) for block in expected}
+    assert list(line.samples(range(len(line))).items()) == list(samples.items())
     validation = Line(index, False, division.seekable, 3, epoch, bytearray(index.total))
-    assert validation.samples(range(len(validation))) == list(range(index.total))
+    assert list(itertools.chain(*validation.samples(range(len(validation))).values())) == list(range(index.total))
 
 
 @settings(deadline=None)
@@ -172,10 +172,10 @@ def test_other_samples_are_left_out_each_epoch():
 
 def test_the_shuffle_is_webdatasets():
     numbers = list(range(100))
-    order = shuffled(numbers, Division(True, 1, 1, 4, 20), 0, 1, 2, 3)
+    order = shuffled({0: numbers}, Division(True, 1, 1, 4, 20), 0, 1, 2, 3)
     assert sorted(order) == numbers != order
     assert all(number <= place + 20 + 1 for place, number in enumerate(order))  # no later sample than the buffer holds
-    assert shuffled(numbers, Division(True, 1, 1, 4, 0), 0, 1, 2, 3) == numbers
+    assert shuffled({0: numbers}, Division(True, 1, 1, 4, 0), 0, 1, 2, 3) == numbers
 
 
 # ---------------------------------------------------------------- several divisions

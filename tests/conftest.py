@@ -33,6 +33,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return (os.cpu_count() or 1) + 1  # many tests wait, for a process or for a limit of time
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none is left to run alone at the end."""
+    items.sort(key=lambda item: "long" not in item.keywords)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()  # or each forked process walks through all that is imported, and so copies it
 

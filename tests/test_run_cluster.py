@@ -221,6 +221,7 @@ def run_job(machines: Machines, job: dict, signals: list[tuple[int, signal.Signa
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_pods_come_back_and_train_as_one_process(unique, alone, machines):
     """One is told to go within an epoch, and saves; the first, which hosts the rendezvous, is killed in the next."""
     signals = [(1, signal.SIGTERM, "[0, 2, "), (0, signal.SIGKILL, "[1, 7, ")]
@@ -319,6 +320,7 @@ def test_hosts_that_cannot_be_made_skip_a_test_but_fail_it_in_ci(monkeypatch, tm
         pass
 
 
+@pytest.mark.long
 def test_slurm_tasks_on_two_nodes(unique, alone, machines):
     """What srun sets for a task on each of two nodes."""
     port = free_port()

@@ -29,7 +29,7 @@ import imagenet_shards as script
 
 SCRIPT = Path(script.__file__)
 HERE = script.Target(".", Path("."), 0, 1)
-KILLS = int(os.environ.get("KILLS", 4))  # of each kind; 20 take about two minutes
+KILLS = int(os.environ.get("KILLS", 4))  # of each kind; 20 take about a minute
 
 
 def start(*flags: str, **options) -> subprocess.Popen:
@@ -78,6 +78,12 @@ def believed(folder: Path, reference: Path) -> None:
             assert all((folder / shard["url"]).exists() for shard in content["shardlist"])
 
 
+def clear(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
 def run_apart(tree: Path, shards: str, record: list[str]) -> None:
     forked()
     os._exit(convert(tree, shards, "--maxcount=2", *record))
@@ -86,30 +92,29 @@ def run_apart(tree: Path, shards: str, record: list[str]) -> None:
 @pytest.mark.parametrize("victim", ["main process", "worker"])
 @pytest.mark.parametrize("target", ["folder", "command"])
 def test_sigkill_at_random_moments_then_the_same_bytes(tree, tmp_path, store, target, victim):
-    begun = time.monotonic()
     assert convert(tree, tmp_path / "undisturbed", "--maxcount=2") == 0
-    duration = time.monotonic() - begun
     shards, record = (store, []) if target == "folder" else (f"pipe:{storing(store)}", [f"--record={tmp_path}"])
+    begun = time.monotonic()
+    assert convert(tree, shards, "--maxcount=2", *record) == 0
+    duration = time.monotonic() - begun
+    clear(store, *tmp_path.glob("imagenet-shards-*"))
     kills, rng = 0, random.Random(f"{target} {victim}")
     for _ in range(20 * KILLS):
         process = multiprocessing.get_context("fork").Process(target=run_apart, args=(tree, shards, record))
         process.start()
+        time.sleep(rng.uniform(0, duration))
         if victim == "main process":
-            time.sleep(rng.uniform(0, duration / 3))
             process.kill()  # its workers notice by themselves
             process.join()
             kills += process.exitcode == -signal.SIGKILL
         else:
             with contextlib.suppress(OSError, IndexError):  # it may end first
-                wait_for(lambda process=process: children(process.pid))
-                time.sleep(rng.uniform(0, duration / 3))
                 os.kill(rng.choice(children(process.pid)), signal.SIGKILL)
             process.join()
             kills += process.exitcode == 1
         believed(store, tmp_path / "undisturbed")
         if process.exitcode == 0:  # finished: begin again
-            for path in [*store.iterdir(), *tmp_path.glob("imagenet-shards-*")]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            clear(store, *tmp_path.glob("imagenet-shards-*"))
         if kills == KILLS:
             break
     assert kills == KILLS
@@ -276,6 +281,7 @@ def test_no_two_writers_share_a_temporary_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_the_same_bytes_with_other_start_methods(tree, shards, tmp_path, method):
     flags = [f"--imagenet={tree}", f"--shards={tmp_path}", "--maxcount=7", "--workers=2"]

@@ -98,14 +98,14 @@ def test_a_real_bucket(tree, tmp_path, monkeypatch, tool):
     with places.gcs(tmp_path / "seed") if tool == "gsutil" else places.s3("bucket") as env:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        flags = ["--workers=2", f"--record={tmp_path}"]
-        assert convert(tree, write, "--maxcount=40", *flags) == 0
-        assert convert(tree, tmp_path / "folder", "--maxcount=40") == 0
+        flags = ["--splits=val", "--maxcount=20"]
+        assert convert(tree, write, f"--record={tmp_path}", *flags) == 0
+        assert convert(tree, tmp_path / "folder", *flags) == 0
         index = subprocess.run(
-            read.removeprefix("pipe:").replace("%s", "imagenet-train.json"), shell=True, capture_output=True, check=True
+            read.removeprefix("pipe:").replace("%s", "imagenet-val.json"), shell=True, capture_output=True, check=True
         )
-        assert index.stdout == (tmp_path / "folder" / "imagenet-train.json").read_bytes()
-        assert imagenet_shards.main(["--verify", f"--shards={read}", "--workers=2"]) == 0
+        assert index.stdout == (tmp_path / "folder" / "imagenet-val.json").read_bytes()
+        assert imagenet_shards.main(["--verify", f"--shards={read}", "--splits=val", "--workers=2"]) == 0
 
 
 # ---------------------------------------------------------------- on many machines

@@ -7,6 +7,7 @@ import signal
 import time
 
 import faults
+import pytest
 from conftest import TRAIN_IMAGES, VAL_IMAGES
 from ranks import assert_same_weights, wait_for
 from ranks import steps as steps_made
@@ -84,6 +85,7 @@ def test_max_steps_and_then_more(unique, tmp_path):
     assert steps_made(tmp_path / "out") == steps_made(tmp_path / "whole") and len(steps_made(tmp_path / "out")) == 18
 
 
+@pytest.mark.long
 def test_two_ranks_outlast_a_server_that_dies(unique, tmp_path):
     """One shard can't be had for 10 s: the rank that needs it waits, the other waits for it, both finish."""
     with faults.fault_server(unique) as server:

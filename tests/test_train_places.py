@@ -123,6 +123,7 @@ def test_from_another_host(shards, tmp_path):
 # ---------------------------------------------------------------- buckets
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command, missing",
     [("gsutil cat gs://bucket/%s", "No URLs matched"), ("aws s3 cp s3://bucket/%s -", "Not Found")],

@@ -135,9 +135,10 @@ def assert_all_ended(leader: int) -> None:
     pytest.fail(f"still running: {left_in_session(leader)}")
 
 
+@pytest.mark.long
 def test_sigterm_to_rank_0_ends_the_ranks_that_it_started(unique, tmp_path):
     """Rank 0 takes longer to end than Lightning takes to notice that the other one has ended."""
-    process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="12")
+    process = start_plainly(tmp_path, f"--shards={unique}", TERM_AT="1", TERM_RANK="0", LINGER="8")
     assert process.wait(100) == SIGTERM_EXIT, (tmp_path / "log").read_text()
     assert_all_ended(process.pid)
     assert checkpoint(tmp_path)["global_step"] == 3

@@ -139,7 +139,7 @@ def fault_server(folder: Path, ranges: bool = True) -> Iterator[http.server.Thre
         server.ranges = ranges
         server.handle_error = lambda *args: None  # a reader may hang up
         server.url = f"http://127.0.0.1:{server.server_port}/"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # shutdown() waits for a poll
         yield server
         server.ended.set()
         server.shutdown()

@@ -138,9 +138,6 @@ def test_from_a_bucket(bucket, tmp_path, monkeypatch, capfd, command, missing):
             monkeypatch.setenv(name, value)
         assert train(prefix, tmp_path / "out", "--workers=1") == 0
         assert "validated 30/30 images" in capfd.readouterr().out
-        assert verify(prefix) == 0
-        assert capfd.readouterr().out.count("all as the index says") == 2
-
         assert train(holes, tmp_path / "holes", "--workers=1") == 1
         line, place = one_line(capfd.readouterr().err), "//bucket/holes/imagenet-train-000000.tar"
         assert "imagenet-train-000000.tar, 60 samples at byte 0" in line and place in line and missing in line

@@ -397,7 +397,10 @@ def open_reader(target: Target, url: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def open_writer(target: Target, url: str) -> Iterator[BinaryIO]:
-    """A stream to write one file to, which exists, complete, only if the block ends without an exception."""
+    """A stream to write one file to, which exists, complete, only if the block ends without an exception.
+
+    Then temporary files that earlier runs left of the same file are removed.
+    """
     if url.startswith("pipe:"):
         with tempfile.TemporaryFile(dir=target.record) as file:
             yield file
@@ -413,6 +416,8 @@ def open_writer(target: Target, url: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):  # another run has written the same shard and removed this file
             os.replace(temporary, url)
         os.stat(url)
+        for leftover in Path(url).parent.glob(f"{Path(url).name}.tmp-*"):  # of a killed run, or one with the same bytes
+            leftover.unlink(missing_ok=True)
         folder = os.open(os.path.dirname(url) or ".", os.O_RDONLY)
         os.fsync(folder)  # or it could undo the rename
         os.close(folder)
@@ -649,8 +654,6 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
             name, record = entry["url"], {"recipe": plan.recipe, "entry": entry}
             with open_writer(target, str(target.record_path(name))) as file:
                 file.write(json.dumps(record).encode())
-            for leftover in target.record.glob(f"{name}.tmp-*"):  # of a run that was killed, or writes the same bytes
-                leftover.unlink(missing_ok=True)
             invalid += entry.get("skipped", [])
             place, size = target.locate(name).removeprefix("pipe:"), format_bytes(entry["filesize"])
             tqdm.write(f"# writing {place} {entry['nsamples']} {size} {starts[number]}")

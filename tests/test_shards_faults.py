@@ -120,7 +120,7 @@ def test_sigkill_at_random_moments_then_the_same_bytes(tree, tmp_path, store, ta
     assert kills == KILLS
     assert convert(tree, shards, "--maxcount=2", *record) == 0
     found = {name: digest for name, digest in everything(store).items() if not name.startswith("part-")}
-    assert found == everything(tmp_path / "undisturbed") and not list(tmp_path.rglob("*.tar.tmp-*"))
+    assert found == everything(tmp_path / "undisturbed") and not list(tmp_path.rglob("*.tmp-*"))
 
 
 def test_a_killed_worker_stores_no_truncated_file(tree, shards, store, tmp_path):
@@ -255,11 +255,13 @@ def test_runs_at_the_same_time_in_one_folder(tree, shards, tmp_path, parts):
 
 
 def test_a_run_leaves_the_temporary_files_of_others_alone(tree, tmp_path):
-    """Fault 7: whose shards it does not write."""
-    other = tmp_path / "imagenet-train-000099.tar.tmp-123"
-    other.write_bytes(b"another run's")
+    """Fault 7: whose shards it does not write. It removes those of a killed run of its own files, the index too."""
+    (tmp_path / ".finished").mkdir()
+    written = ["imagenet-val.json", "_info.json", "imagenet-val-000001.tar", ".finished/imagenet-val-000001.tar.json"]
+    for name in [*written, "imagenet-train-000099.tar"]:
+        (tmp_path / f"{name}.tmp-123").write_bytes(b"another run's")
     assert convert(tree, tmp_path, "--maxcount=7", "--splits=val") == 0
-    assert other.read_bytes() == b"another run's"
+    assert [path.name for path in tmp_path.rglob("*.tmp-*")] == ["imagenet-train-000099.tar.tmp-123"]
 
 
 def test_another_run_may_finish_the_same_shard_first(tmp_path):

@@ -871,6 +871,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Each finished shard is a line: # writing NAME SAMPLES SIZE BEFORE, the number of samples before it.",
         allow_abbrev=False,
     )
+    parser.print_usage = lambda file=None: None  # type: ignore[method-assign]  # so that an error is one line
     add = parser.add_mutually_exclusive_group().add_argument
     add("--imagenet", metavar="DIR", type=Path, help="convert the folder that holds train/ and val/")
     add("--verify", action="store_true", help="read finished shards and compare every byte with the index")

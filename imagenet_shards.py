@@ -413,7 +413,7 @@ def open_writer(target: Target, url: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
-        with contextlib.suppress(FileNotFoundError):  # another run has written the same shard and removed this file
+        with contextlib.suppress(FileNotFoundError):  # another run has written the same file and removed this one
             os.replace(temporary, url)
         os.stat(url)
         for leftover in Path(url).parent.glob(f"{Path(url).name}.tmp-*"):  # of a killed run, or one with the same bytes

@@ -546,15 +546,23 @@ def shuffled(
     return list(shuffle(itertools.chain.from_iterable(samples.values())))
 
 
+def reader_samples(
+    line: Line, training: bool, division: Division, seed: int, epoch: int, rank: int, worker: int
+) -> tuple[dict[int, list[int]], set[int], list[int]]:
+    """One reader's samples: (all by block, in the line's order; those already used; the others in the order of use)."""
+    samples = line.samples(positions_of(len(line), training, division, rank, worker))
+    order = shuffled(samples, division, seed, epoch, rank, worker)
+    taken = batches_done(worker, division) * division.batch
+    return samples, set(order[:taken]), order[taken:]
+
+
 def used_samples(index: Index, seed: int, epoch: int, history: Sequence[Division]) -> bytearray:
     """A 1 for every sample that all readers of these divisions have used of a training epoch."""
     used = bytearray(index.total)
     for division in history:
         line = Line(index, True, division.seekable, seed, epoch, used.copy())
         for rank, worker in itertools.product(range(division.world), range(division.workers)):
-            samples = line.samples(positions_of(len(line), True, division, rank, worker))
-            taken = batches_done(worker, division) * division.batch
-            for number in shuffled(samples, division, seed, epoch, rank, worker)[:taken]:
+            for number in reader_samples(line, True, division, seed, epoch, rank, worker)[1]:
                 used[number] = 1
     return used
 
@@ -578,11 +586,8 @@ def plan_reader(
     division = history[-1]
     used = used_samples(index, seed, epoch, history[:-1])
     line = Line(index, training, division.seekable, seed, epoch, used)
-    samples = line.samples(positions_of(len(line), training, division, rank, worker))
-    taken = batches_done(worker, division) * division.batch
-    order = shuffled(samples, division, seed, epoch, rank, worker)
-    done = set(order[:taken])
-    return order[taken:], [block for block, numbers in samples.items() if not done.issuperset(numbers)]
+    samples, already_used, order = reader_samples(line, training, division, seed, epoch, rank, worker)
+    return order, [block for block, numbers in samples.items() if not already_used.issuperset(numbers)]
 
 
 # ---------------------------------------------------------------- order → samples

@@ -181,7 +181,7 @@ def test_the_shuffle_is_webdatasets():
 # ---------------------------------------------------------------- several divisions
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(LAYOUTS, st.lists(divisions(), min_size=1, max_size=5), st.integers(0, 3), st.data())
 def test_a_run_that_is_resumed_with_other_settings_uses_no_sample_twice(layout, settings_list, epoch, data):
     """Up to four changes within an epoch: equal steps on all ranks; fewer than ranks x batch are left out."""

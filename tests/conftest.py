@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -57,6 +58,13 @@ pytest_runtest_setup = pytest_runtest_call  # of fixtures too
 
 
 @pytest.fixture(autouse=True)
+def program(request, monkeypatch) -> None:
+    """Messages begin with the script's name, which is pytest's where a test calls main() in this process."""
+    packing = request.module.__name__.startswith("test_shards")
+    monkeypatch.setattr(sys, "argv", ["imagenet_shards.py" if packing else "imagenet_train.py"])
+
+
+@pytest.fixture(autouse=True)
 def no_curves(request, monkeypatch) -> None:
     """curves.png takes longer to draw than an epoch takes here; test_train_pictures.py and new processes draw it."""
     script = sys.modules.get("imagenet_train")
@@ -66,7 +74,8 @@ def no_curves(request, monkeypatch) -> None:
 
 def convert(tree: Path, folder: Path, *flags: str) -> int:
     """Run imagenet_shards.py in this process; its exit status."""
-    return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", "--workers=2", *flags])
+    with mock.patch.object(sys, "argv", ["imagenet_shards.py"]):
+        return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", "--workers=2", *flags])
 
 
 def forked() -> None:

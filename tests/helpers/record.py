@@ -70,8 +70,8 @@ class Diary(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def with_diary(args, folder, **changes):
-    trainer = make_trainer(args, folder, **changes)
+def with_diary(args, **changes):
+    trainer = make_trainer(args, **changes)
     trainer.callbacks.append(Diary())
     return trainer
 

@@ -1,27 +1,57 @@
-"""Reading one shard as a loader process does, and what must come out."""
+"""Reads one shard as a loader process does, and says what must come out."""
 
 import io
 import multiprocessing
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imagenet_train import Index, LoaderConfig, read_samples
+import webdataset as wds
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+import imagenet_shards
+import imagenet_train
+from imagenet_shards import Block, Index
 
 NAME = "imagenet-train-000001.tar"  # of 7 samples, in blocks of 3, 3 and 1
+Sample = dict[str, Any]
 
 
-def read_shard(
-    index: Index, start: int = 0, stop: int | None = None, name: str = NAME, **config
-) -> Iterator[dict[str, Any]]:
-    """The samples start … stop of a shard, without retries unless `config` says otherwise."""
-    blocks = [number for number, block in enumerate(index.blocks) if index.names[block.shard] == name]
+def index_of(layout: list[list[int]], prefix: str = "") -> Index:
+    """An index of shards whose blocks have these numbers of samples."""
+    blocks = [Block(n, place, 1, size, 0) for n, shard in enumerate(layout) for place, size in enumerate(shard)]
+    return Index(prefix, ["n0"], [{"url": f"{n}.tar", "sha256": "0" * 64} for n in range(len(layout))], blocks)
+
+
+def read_samples(index: Index, order: list[int], blocks: list[int], **how: Any) -> Iterator[Sample]:
+    """The samples with these numbers, in this order, from these blocks, by the first stages of the pipeline."""
+    how = {"retry_for": 0, "timeout": 20, "cache_full": multiprocessing.Event()} | how
+    return iter(wds.DataPipeline(
+        partial(imagenet_train.list_blocks, blocks, index), partial(imagenet_shards.open_blocks, index=index, **how),
+        tar_file_expander, group_by_keys, partial(imagenet_train.in_order, order=order, index=index),
+    ))
+
+
+def read_shard(index: Index, start: int = 0, stop: int | None = None, name: str = NAME, **how: Any) -> Iterator[Sample]:
+    """The samples start … stop of a shard. how: arguments of open_blocks(), by default without retries."""
+    blocks = [n for n, block in enumerate(index.blocks) if index.shards[block.shard]["url"] == name]
     numbers = range(index.starts[blocks[0]], index.starts[blocks[-1] + 1])[start:stop]
     wanted = [n for n in blocks if index.starts[n] < numbers.stop and index.starts[n + 1] > numbers.start]
-    how = LoaderConfig(index, True, 4, 32, **{"retries": 0, "timeout": 20} | config)
-    return read_samples(numbers, wanted, how, multiprocessing.Event())
+    return read_samples(index, list(numbers), wanted, **how)
+
+
+def unpack(data: bytes, samples: int) -> list[Sample]:
+    """The samples of a block that consists of these bytes."""
+    index = index_of([[samples]])
+    try:
+        imagenet_shards.check_members(data)
+    except ValueError as error:
+        raise imagenet_shards.PermanentError(str(error)) from None
+    streams = [{"url": "0.tar#0", "stream": io.BytesIO(data)}]
+    return list(imagenet_train.in_order(group_by_keys(tar_file_expander(streams)), list(range(samples)), index))
 
 
 def at(index: Index, prefix: str) -> Index:
@@ -30,12 +60,13 @@ def at(index: Index, prefix: str) -> Index:
 
 
 def expected(shards: Path, name: str = NAME) -> list[tuple[str, bytes, bytes]]:
+    """(key, cls, jpg) of a shard's samples, read with Python's tarfile."""
     with tarfile.open(shards / name) as tar:
         data = [(m.name.partition(".")[0], tar.extractfile(m).read()) for m in tar]
     return [(key, cls, jpg) for (key, cls), (_, jpg) in zip(data[::2], data[1::2])]
 
 
-def found(samples) -> list[tuple[str, bytes, bytes]]:
+def found(samples: Iterable[Sample]) -> list[tuple[str, bytes, bytes]]:
     return [(sample["__key__"], sample["cls"], sample["jpg"]) for sample in samples]
 
 

@@ -2,7 +2,8 @@
 # Build arguments, each passed as --build-arg NAME=VALUE:
 #   tools                PyPI packages with commands for pipe: prefixes, say tools="gsutil awscli"; curl is included
 #   PIP_EXTRA_INDEX_URL  an index with PyTorch for another version of CUDA, or for the CPU only (2 GB instead of 7)
-#   base                 the base image
+#   base                 the base image, say with a date or digest that fixes it. The tests built the image on Debian 12
+#                        with Python 3.11, a stand-in for python:3.12-slim, since no registry could be reached.
 ARG base=docker.io/library/python:3.12-slim
 FROM ${base}
 
@@ -31,9 +32,11 @@ ENV HOME=/tmp USER=imagenet PYTHONUNBUFFERED=1
 COPY imagenet_shards.py imagenet_train.py ./
 # Every user id can read the scripts, whatever the umask was when they were checked out.
 RUN chmod 0644 imagenet_shards.py imagenet_train.py
+# The scripts' default folders, ./data and ./output, are then the mounts /data and /output.
+WORKDIR /
 USER 1000:1000
 
-# The first argument is a script of this folder or any other command, such as torchrun or bash. With exec, the command
+# The first argument is one of the scripts or any other command, such as torchrun or bash. With exec, the command
 # receives the signals.
-ENTRYPOINT ["sh", "-c", "case $0 in *.py) exec python \"$0\" \"$@\" ;; *) exec \"$0\" \"$@\" ;; esac"]
+ENTRYPOINT ["sh", "-c", "case $0 in *.py) exec python \"/app/$0\" \"$@\" ;; *) exec \"$0\" \"$@\" ;; esac"]
 CMD ["imagenet_train.py", "--help"]

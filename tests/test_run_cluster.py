@@ -1,340 +1,260 @@
-"""Many machines for real: train.yml's pods and Slurm's tasks, each with its own network, host name and processes."""
+"""train.yml and the README's TrainJob: checked against the API's schemas, and their commands run as pods run them."""
 
 import contextlib
-import itertools
-import json
-import multiprocessing
+import http.server
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import kubernetes_validate
+import places
 import pytest
 import torch
-from conftest import TRAIN_IMAGES, VAL_IMAGES, forked
-from manifest import command_line, environment, render
-from places import Host, free_port, two_hosts
-from training import BATCH, HERE, SMALL, diary
+import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob as TrainJob
+from pods import SMALL, TOP, pod_of, render, wait_until
 
-import imagenet_train as script
-
-STEPS = TRAIN_IMAGES // (2 * BATCH)
-EPOCHS = 3
-# Without batch norm, which would see other batches on two ranks than on one; and without dropout, see PLAIN.
-RECIPE = [*SMALL, "--model=squeezenet1_1", "--lr=2", f"--max-epochs={EPOCHS}"]
-PLAIN = f"""
-import runpy, sys, torch
-torch.nn.Dropout.forward = lambda module, images: images
-sys.path.insert(0, {str(HERE)!r})
-runpy.run_path({str(HERE / "record.py")!r}, run_name="__main__")
-"""
-# What a container runtime does: the host's name and its view of DNS, a read-only root but for volumes, no privileges.
-# $1: host name, $2: /etc/hosts, $3: a volume, $4: "shared" if process 1 is not the command but reaps orphans.
-POD = """
-set -e
-hostname "$1"; mount -t proc proc /proc; mount --bind "$2" /etc/hosts
-for folder in /tmp "$3"; do mount --bind "$folder" "$folder"; done
-mount -o remount,bind,ro /; ! touch /file 2>/dev/null
-shared=$4; shift 4
-set -- setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
-[ "$shared" ] || exec "$@"
-"$@" & wait $!
-"""
-NAMESPACES = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
+TWO_EPOCHS = [*SMALL, "--max-epochs=2"]
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all that came of it."""
-    with contextlib.suppress(FileNotFoundError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [pid, *itertools.chain(*(tree(int(child)) for child in children))]
-    return []
+
+# ---------------------------------------------------------------- train.yml
 
 
-class Machines:
-    """Two, with the host names imagenet-0 and imagenet-1. Their output goes to folder/log-N."""
-
-    def __init__(self, hosts: tuple[Host, Host], folder: Path) -> None:
-        self.hosts, self.folder = hosts, folder
-        self.running: dict[int, subprocess.Popen] = {}
-        self.depth: dict[int, int] = {}  # of the command: 1 if it is process 1 of its machine, else 2
-        (folder / "bin").mkdir()
-        (folder / "plain.py").write_text(PLAIN)
-        domain = "imagenet.default.svc.cluster.local"
-        names = [f"{h.address} imagenet-{i}.{domain} imagenet-{i}.imagenet imagenet-{i}\n" for i, h in enumerate(hosts)]
-        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
-
-    def start(self, index: int, command: list[str], shared: bool = False, **env: str) -> None:
-        """Run a command on one of them. shared: its process 1 is not the command, as with shareProcessNamespace."""
-        home = self.folder / f"home-{index}"
-        home.mkdir(exist_ok=True)
-        self.depth[index] = 1 + shared
-        pod = ["bash", "-c", POD, "-", f"imagenet-{index}", self.folder / "hosts", self.folder, "shared" * shared]
-        env = {"OMP_NUM_THREADS": "1", "RECORD": str(self.folder), "WORKERS": "1", "HOME": str(home)} | env
-        env["PATH"] = f"{self.folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with open(self.folder / f"log-{index}", "ab") as log:
-            self.running[index] = subprocess.Popen(
-                [*self.hosts[index].command, *NAMESPACES, *pod, *command], env=os.environ | env,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )
-
-    def replace(self, name: str, script: str) -> None:
-        """Let a command on both of them be this Python script."""
-        (self.folder / "bin" / name).write_text(f"#!{sys.executable}\n{script}")
-        (self.folder / "bin" / name).chmod(0o755)
-
-    def send(self, index: int, number: signal.Signals) -> None:
-        """To the command of a container; SIGKILL to all processes."""
-        processes, depth = tree(self.running[index].pid), self.depth[index]
-        for pid in processes if number == signal.SIGKILL else processes[depth : depth + 1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def output(self, index: int) -> str:
-        return (self.folder / f"log-{index}").read_text()
-
-    def stop(self) -> None:
-        for index, process in self.running.items():
-            self.send(index, signal.SIGKILL)
-            process.wait()
+@pytest.mark.quick
+def test_documents_are_valid_for_kubernetes():
+    documents = render()
+    assert [document["kind"] for document in documents] == ["PersistentVolumeClaim", "Job", "ConfigMap"]
+    for document in documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
-@pytest.fixture
-def machines(tmp_path) -> Iterator[Machines]:
-    with two_hosts() as hosts:
-        pair = Machines(hosts, tmp_path)
+@pytest.mark.parametrize(
+    "shards",
+    ["pipe:gsutil cat gs://bucket/%s", "http://host/a b/", """pipe:sh -c 'cat "/data/%s" # {x}: [y] & *z \\n'"""],
+)
+def test_image_and_shards_are_passed_unchanged_and_nothing_else_is_replaced(shards):
+    names = subprocess.run(["envsubst", "--variables", (TOP / "train.yml").read_text()], capture_output=True, text=True)
+    assert set(names.stdout.split()) == {"image", "shards"}
+    _, container = pod_of(render("registry/x:1@sha256:00", shards)[1])
+    assert f"--shards={shards}" in container["args"] and container["image"] == "registry/x:1@sha256:00"
+
+
+def test_volumes_claims_and_config_maps_exist():
+    """The schemas do not see a name without its object, nor a name that DNS does not allow."""
+    claim, job, config = render()
+    pod, container = pod_of(job)
+    volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == set(volumes) and {"/output", "/dev/shm", "/tmp"} < set(mounts)
+    assert volumes[mounts["/output"]]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    [boto] = [variable["value"] for variable in container["env"] if variable["name"] == "BOTO_CONFIG"]
+    folder, key = boto.rsplit("/", 1)
+    assert volumes[mounts[folder]]["configMap"] == {"name": config["metadata"]["name"], "optional": True}
+    assert key in config["data"]
+    for name in [d["metadata"]["name"] for d in (claim, job, config)] + [container["name"], *volumes]:
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name)
+
+
+def test_shared_memory_holds_the_batches_of_all_loader_processes():
+    """Two batches for training and two for validation, of 256 images of 224 x 224 x 3 bytes, for each process."""
+    batches = 4 * 256 * 224 * 224 * 3
+    pod, container = pod_of(render()[1])
+    limits = container["resources"]["limits"]
+    [workers] = [int(word.split("=")[1]) for word in container["args"] if word.startswith("--workers=")]
+    [shm] = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm"]
+    shm, memory = (int(quantity.removesuffix("Gi")) << 30 for quantity in (shm, limits["memory"]))
+    assert limits["nvidia.com/gpu"] * workers * batches <= shm <= memory / 4  # it counts as memory
+    assert limits["nvidia.com/gpu"] * (workers + 1) <= limits["cpu"]
+    shm = int(re.search(r"shm:-(\d+)g", (TOP / "config.sh").read_text())[1]) << 30
+    assert 8 * 12 * batches <= shm
+
+
+def test_pods_meet_the_restricted_pod_security_standard():
+    """What a namespace with pod-security.kubernetes.io/enforce: restricted asks for; and no access to the API."""
+    pod, container = pod_of(render()[1])
+    context = pod["securityContext"]
+    assert context["runAsNonRoot"] and context["runAsUser"] and context["seccompProfile"]["type"] == "RuntimeDefault"
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys() and pod["automountServiceAccountToken"] is False
+    kinds = {kind for volume in pod["volumes"] for kind in volume.keys() - {"name"}}
+    assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim"}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What Google Cloud tells a pod about its service account."""
+
+    requests: list[str] = []
+    scope = "https://www.googleapis.com/auth/devstorage.read_only"
+    answers = {"token": '{"access_token": "x", "expires_in": 3600}', "scopes": scope, "service-accounts": "default/"}
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        self.send_response(200)
+        self.send_header("Metadata-Flavor", "Google")
+        self.end_headers()
+        self.wfile.write(self.answers.get(self.path.split("?")[0].split("/")[-1], "").encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_gsutil_logs_in_as_the_service_account_with_the_config_map(tmp_path):
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "name").write_text("the object")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with places.gcs(tmp_path) as env:
+        (tmp_path / "boto").write_text(Path(env["BOTO_CONFIG"]).read_text() + render()[2]["data"]["boto"])
+        env |= {"BOTO_CONFIG": f"{tmp_path}/boto", "GCE_METADATA_ROOT": f"127.0.0.1:{server.server_port}"}
+        assert places.call(env, "gsutil", "cat", "gs://bucket/name") == "the object"
+    server.shutdown()
+    server.server_close()
+    assert any(path.endswith("/token") for path in Metadata.requests)
+
+
+# ---------------------------------------------------------------- the Job's command
+
+
+def job_command(job: dict, shards: Path, output: Path, *flags: str) -> list[str]:
+    """What the container runs, on small images and on this machine's CPU."""
+    script, *args = pod_of(job)[1]["args"]
+    args = [word for word in args if not word.startswith(("--shards=", "--output=", "--workers="))]
+    return [sys.executable, f"{TOP}/{script}", f"--shards={shards}", f"--output={output}", *args, *TWO_EPOCHS, *flags]
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path, **env: str) -> Iterator[subprocess.Popen]:
+    """A container: when its command has ended, the engine kills what is left of its processes."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": open(log, "ab"), "stderr": subprocess.STDOUT}
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    with streams["stdout"], subprocess.Popen(command, env=env, start_new_session=True, **streams) as process:
         try:
-            yield pair
+            yield process
         finally:
-            pair.stop()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def start_pod(machines: Machines, job: dict, index: int) -> None:
-    """The container of one pod of train.yml."""
-    here = {
-        "/app/imagenet_train.py": str(machines.folder / "plain.py"),
-        "--nproc-per-node=gpu": "--nproc-per-node=1",
-        "--output=/output": f"--output={machines.folder}/out",
-    }
-    words = command_line(job, index)
-    assert set(here) <= set(words)
-    shared = job["spec"]["template"]["spec"].get("shareProcessNamespace", False)
-    machines.start(index, [here.get(word, word) for word in words] + RECIPE, shared, **environment(job, index))
+def succeed(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(600) == 0, log.read_text()[-3000:]
 
 
-class Together(script.Loader):
-    """One process's batches, each made of those that two ranks would get."""
-
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        ranks = [script.Loader(replace(self.config, batch=BATCH, rank=rank, world=2)) for rank in (0, 1)]
-        for rank in ranks:
-            rank.epoch = self.epoch
-        for pair in zip(*ranks):
-            self.advance()
-            yield [torch.cat(part) for part in zip(*pair)]
-
-
-def train_together(data: script.ImageNetData) -> Together:
-    if data.loader is None:
-        data.loader = Together(data.train, lightning_epoch=lambda: data.trainer.current_epoch)
-    return data.loader
-
-
-def run_alone(shards: Path, folder: Path) -> None:
-    forked()
-    with open(folder / "log", "w", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        script.ImageNetData.train_dataloader = train_together
-        torch.nn.Dropout.forward = lambda module, images: images
-        size = f"--batch-size={2 * BATCH}"
-        os._exit(script.main([f"--shards={shards}", f"--output={folder}/out", "--workers=1", *RECIPE, size]))
-
-
-def results(log: str) -> list[str]:
-    """What was printed at the end of each epoch; once, if that came again after a kill."""
-    return list(dict.fromkeys(re.findall(r"validated \d.*\)", log)))
-
-
-@pytest.fixture(scope="module")
-def alone(unique, tmp_path_factory) -> Path:
-    """The folder in which one process has trained with twice the batch."""
-    folder = tmp_path_factory.mktemp("alone")
-    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(unique, folder))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (folder / "log").read_text()
-    assert len(results((folder / "log").read_text())) == EPOCHS
-    return folder
-
-
-def check(folder: Path, alone: Path) -> None:
-    """What two ranks did: each sample once an epoch, again only in a step made again; the weights of one process."""
-    for epoch in range(EPOCHS):
-        trained, seen = {}, {}
-        for rank in (0, 1):
-            for line in (folder / f"rank-{rank}.jsonl").read_text().splitlines():
-                if line.endswith("]") and json.loads(line)[0] == epoch:  # a kill may cut the last one
-                    _, step, kind, labels = json.loads(line)
-                    place = (rank, step) if kind == "train" else (rank, tuple(labels))
-                    assert (trained if kind == "train" else seen).setdefault(place, labels) == labels
-        labels = list(itertools.chain(*trained.values()))
-        assert len(trained) == 2 * STEPS and len(labels) == len(set(labels)) == 2 * STEPS * BATCH
-        labels = [label for batch in seen.values() for label in batch if label != script.IGNORE_INDEX]
-        assert sorted(labels) == list(range(VAL_IMAGES))
-    newest = [script.newest_checkpoint(f / "out") for f in (alone, folder)]
+def same_weights(one: Path, two: Path) -> None:
+    newest = [max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime) for folder in (one, two)]
     one, two = (torch.load(path, weights_only=True)["state_dict"] for path in newest)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def run_job(machines: Machines, job: dict, signals: list[tuple[int, signal.Signals, str]]) -> str:
-    """What Kubernetes does: it starts the pods and replaces one that failed, until the Job is Complete or Failed.
+@pytest.fixture(scope="module")
+def alone(shards, tmp_path_factory) -> Path:
+    """The output of an undisturbed run on two ranks, with the Job's command."""
+    folder = tmp_path_factory.mktemp("alone")
+    with running(job_command(render()[1], shards, folder / "out", "--devices=2"), folder / "log") as process:
+        succeed(process, folder / "log")
+    return folder / "out"
 
-    signals: pod, signal, and the beginning of the line in its diary after which it is sent.
-    """
-    spec = job["spec"]
-    exits = [rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"] if rule["action"] == "FailJob"]
-    assert {"succeededCount": 1} in spec["successPolicy"]["rules"]
-    for index in range(spec["completions"]):
-        start_pod(machines, job, index)
-    deadline = time.monotonic() + 400
-    while True:
-        for index, process in list(machines.running.items()):
-            status = process.poll()
-            if status == 0:
-                return "Complete"
-            if status in itertools.chain(*exits):
-                return "Failed"
-            if status:
-                start_pod(machines, job, index)
-        for index, number, moment in signals[:1]:
-            path = machines.folder / f"rank-{index}.jsonl"
-            if path.exists() and moment in path.read_text():
-                machines.send(index, number)
-                del signals[0]
-        assert time.monotonic() < deadline, machines.output(0)[-2000:] + machines.output(1)[-2000:]
-        time.sleep(0.02)
+
+def rank_1(process: subprocess.Popen) -> int:
+    """The process that Lightning started for the second device."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
+    raise AssertionError("there is no second rank")
 
 
 @pytest.mark.long
-def test_pods_come_back_and_train_as_one_process(unique, alone, machines):
-    """One is told to go within an epoch, and saves; the first, which hosts the rendezvous, is killed in the next."""
-    signals = [(1, signal.SIGTERM, "[0, 2, "), (0, signal.SIGKILL, "[1, 7, ")]
-    assert run_job(machines, render(shards=str(unique), nodes=2)[2], signals) == "Complete" and not signals
-    assert all("SIGTERM: " in machines.output(index) for index in (0, 1))
-    for rank in (0, 1):
-        assert len(diary(machines.folder, rank, "train", epoch=0)) == STEPS  # each once: saved, not made again
-    check(machines.folder, alone)
-    assert results(machines.output(0)) == results((alone / "log").read_text())
+def test_a_job_whose_pods_are_killed_ends_with_the_weights_of_an_undisturbed_run(shards, alone, tmp_path):
+    """One pod loses a rank, as for lack of memory; the next is told to go; the third ends."""
+    command = job_command(render()[1], shards, tmp_path / "out", "--devices=2")
+    for kill in (lambda pod: os.kill(rank_1(pod), signal.SIGKILL), lambda pod: pod.terminate()):
+        before = {path: path.stat().st_mtime for path in tmp_path.rglob("last.ckpt")}
+        with running(command, tmp_path / "log") as pod:
+            wait_until(lambda old=before: {p: p.stat().st_mtime for p in tmp_path.rglob("last.ckpt")} != old, pod)
+            kill(pod)
+            assert pod.wait(60) not in (0, 2)  # soon: the other rank does not wait for ever
+    with running(command, tmp_path / "log") as pod:
+        succeed(pod, tmp_path / "log")
+    same_weights(tmp_path / "out", alone)
 
 
-def test_more_pods_than_torchrun_is_told_of_fail_the_job(machines):
-    machines.replace("torchrun", "import time; time.sleep(1000)")
-    assert run_job(machines, render(nodes=2, last=0)[2], []) == "Failed"
-    assert machines.output(1) == "train.yml: succeededIndexes: 0 is too small; set it to parallelism - 1\n"
-    assert machines.running[0].poll() is None
+def test_a_wrong_flag_fails_the_job_at_once(shards, tmp_path):
+    job = render()[1]
+    with running(job_command(job, shards, tmp_path / "out", "--bogus"), tmp_path / "log") as pod:
+        rule = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [pod.wait(100)]}}
+    assert rule in job["spec"]["podFailurePolicy"]["rules"]
 
 
-ORPHAN = """
-import glob, subprocess, time
-subprocess.run(["sh", "-c", "sleep 0.1 & :"])
-time.sleep(0.5)
-print(*[line for path in glob.glob("/proc/[0-9]*/stat") if " Z " in (line := open(path).read())], end="")
-"""
+# ---------------------------------------------------------------- several nodes
 
 
-def test_orphans_of_a_pod_are_reaped(machines):
-    """Such as the rest of a pipe: command that was ended. torchrun does not reap what it did not start."""
-    machines.replace("torchrun", ORPHAN)
-    assert run_job(machines, render()[2], []) == "Complete"
-    assert machines.output(0) == ""
+@pytest.fixture(scope="session")
+def train_job() -> dict:
+    """The TrainJob in README.md."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (TOP / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    [job] = [document for document in map(yaml.safe_load, blocks) if document.get("kind") == "TrainJob"]
+    return job
 
 
-# What Google Cloud tells a pod about its service account. A line of output for each request.
-METADATA = """
-import http.server
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        print(self.path, flush=True)
-        token = '{"access_token": "x", "expires_in": 3600}'
-        scope = "https://www.googleapis.com/auth/devstorage.read_only"
-        answers = {"token": token, "scopes": scope, "service-accounts": "default/"}
-        self.send_response(200)
-        self.send_header("Metadata-Flavor", "Google")
-        self.end_headers()
-        self.wfile.write(answers.get(self.path.split("/")[-1], "").encode())
-
-    def log_message(self, *args):
-        pass
-
-server = http.server.HTTPServer(("", 80), Handler)
-print("ready", flush=True)
-server.serve_forever()
-"""
-# A bucket beside gsutil in the pod; ~/.boto is that of the pod, the other has the bucket's address.
-GSUTIL = f"""
-import os, pathlib, subprocess, sys
-sys.path.insert(0, {str(HERE)!r})
-import places
-with places.gcs(pathlib.Path(os.environ["RECORD"])) as env:
-    env["BOTO_PATH"] = env.pop("BOTO_CONFIG") + ":" + os.path.expanduser("~/.boto")
-    sys.exit(subprocess.run(["gsutil", "cat", "gs://bucket/name"], env=os.environ | env).returncode)
-"""
+@pytest.mark.quick
+def test_train_job_has_the_fields_of_kubeflow_and_of_its_runtime(train_job):
+    assert TrainJob.from_dict(train_job).to_dict() == train_job  # the models drop unknown fields
+    assert train_job["spec"]["runtimeRef"]["name"] == "torch-distributed"
+    [patch] = train_job["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert node["name"] == container["name"] == "node"
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.mark.parametrize("cloud", ["google", "other"])
-def test_gsutil_in_a_pod_logs_in_as_its_service_account_where_there_is_one(machines, cloud):
-    (machines.folder / "bucket").mkdir()
-    (machines.folder / "bucket" / "name").write_text("the object")
-    machines.replace("torchrun", GSUTIL)
-    command = [*machines.hosts[1].command, sys.executable, "-c", METADATA]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout.readline() == "ready\n"
-            if cloud == "google":
-                with open(machines.folder / "hosts", "a") as hosts:
-                    hosts.write(f"{machines.hosts[1].address} metadata.google.internal\n")
-            assert run_job(machines, render()[2], []) == "Complete", machines.output(0)
-        finally:
-            server.terminate()
-        requests = server.stdout.read()
-    assert machines.output(0) == "the object"
-    assert ("/service-accounts/default/token" in requests) == (cloud == "google")
+# $1: host name, $2: /etc/hosts. The command is process 1, as in a pod.
+POD = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
 
 
-def test_hosts_that_cannot_be_made_skip_a_test_but_fail_it_in_ci(monkeypatch, tmp_path):
-    (tmp_path / "ip").write_text("#!/bin/sh\necho Operation not permitted >&2\nexit 1\n")
-    (tmp_path / "ip").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="Operation not permitted"), two_hosts():
-        pass
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(RuntimeError, match="Operation not permitted"), two_hosts():
-        pass
+def train_on_two_hosts(folder: Path, command: list[str], envs: list[dict[str, str]]) -> None:
+    names = ["imagenet-node-0-0", "imagenet-node-0-1"]
+    new = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", POD, "-"]
+    with places.two_hosts() as hosts, contextlib.ExitStack() as pods:
+        lines = [f"{host.address} {name}.imagenet {name}\n" for host, name in zip(hosts, names)]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+        processes = []
+        for host, name, env in zip(hosts, names, envs):
+            pod = [*host.command, *new, name, str(folder / "hosts"), *command]
+            processes.append(pods.enter_context(running(pod, folder / name, **env)))
+        for process, name in zip(processes, names):
+            succeed(process, folder / name)
 
 
 @pytest.mark.long
-def test_slurm_tasks_on_two_nodes(unique, alone, machines):
-    """What srun sets for a task on each of two nodes."""
-    port = free_port()
-    while not 15000 <= port < 25000:
-        port = free_port()
-    common = {
-        "SLURM_JOB_ID": str(port - 15000), "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "2",
-        "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "imagenet-[0-1]", "SLURM_LOCALID": "0",
-    }
-    flags = [f"--shards={unique}", f"--output={machines.folder}/out", "--num-nodes=2", "--devices=1", *RECIPE]
-    for index in (0, 1):
-        task = common | {"SLURM_PROCID": str(index), "SLURM_NODEID": str(index)}
-        machines.start(index, [sys.executable, str(machines.folder / "plain.py"), *flags], **task)
-    assert [machines.running[index].wait(300) for index in (0, 1)] == [0, 0], machines.output(0) + machines.output(1)
-    assert len(diary(machines.folder, 0, "train")) == len(diary(machines.folder, 1, "train")) == EPOCHS * STEPS
-    check(machines.folder, alone)
-    assert results(machines.output(0)) == results((alone / "log").read_text())
+def test_train_job_on_two_hosts_trains_as_two_ranks_of_one(shards, alone, train_job, tmp_path):
+    """With the variables that the runtime torch-distributed sets."""
+    trainer = train_job["spec"]["trainer"]
+    words = [word for word in trainer["command"] + trainer["args"] if not word.startswith(("--shards=", "--workers="))]
+    here = {"torchrun": f"{Path(sys.executable).parent}/torchrun", "--nproc-per-node=gpu": "--nproc-per-node=1",
+            "/app/imagenet_train.py": f"{TOP}/imagenet_train.py", "--output=/output": f"--output={tmp_path}/out"}
+    assert set(here) <= set(words)
+    command = [here.get(word, word) for word in words] + [f"--shards={shards}", *TWO_EPOCHS]
+    env = {"PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "auto",
+           "PET_MASTER_ADDR": "imagenet-node-0-0.imagenet", "PET_MASTER_PORT": "29500"}
+    train_on_two_hosts(tmp_path, command, [env | {"PET_NODE_RANK": str(rank)} for rank in (0, 1)])
+    same_weights(tmp_path / "out", alone)
+
+
+@pytest.mark.long
+def test_slurm_tasks_on_two_nodes_train_as_two_ranks_of_one(shards, alone, tmp_path):
+    """With the variables that srun sets for a task on each of two nodes."""
+    command = [sys.executable, f"{TOP}/imagenet_train.py", f"--shards={shards}", f"--output={tmp_path}/out",
+               "--num-nodes=2", "--devices=1", *TWO_EPOCHS]
+    env = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "2",
+           "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "imagenet-node-0-[0-1]", "SLURM_LOCALID": "0"}
+    envs = [env | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
+    train_on_two_hosts(tmp_path, command, envs)
+    same_weights(tmp_path / "out", alone)

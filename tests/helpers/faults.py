@@ -1,5 +1,6 @@
 """A real HTTP server that fails on demand, damaged bytes, and a small disk."""
 
+import ctypes
 import http.server
 import os
 import re
@@ -8,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,34 @@ def small_disk(folder: Path, *options: str) -> None:
     folder.mkdir(exist_ok=True)
     if os.geteuid() or os.system(f"mount -t tmpfs -o {','.join(options)} none '{folder}'"):
         pytest.skip("needs the right to mount a small tmpfs")
+
+
+def small_shm(size: int) -> int:
+    """In a forked process: give it, and those that it starts, a /dev/shm of so many bytes. Not 0 if that fails."""
+    new_mounts = ctypes.CDLL(None).unshare(0x20000)  # CLONE_NEWNS
+    mount = f"mount --make-rprivate / && mount -t tmpfs -o size={size} none /dev/shm"
+    return new_mounts or os.system(f"({mount}) 2>/dev/null")
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that this one started, and theirs."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    started = [int(child) for thread in threads for child in thread.read_text().split()]
+    return started + [pid for child in started for pid in descendants(child)]
+
+
+def ended(pids: list[int]) -> bool:
+    """Whether all these processes end within 10 s. Some may only wait to be reaped."""
+
+    def runs(pid: int) -> bool:
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    give_up = time.monotonic() + 10
+    while any(map(runs, pids)) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return not any(map(runs, pids))
 
 
 @st.composite

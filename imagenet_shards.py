@@ -1,61 +1,101 @@
-"""Packs ImageNet's image files, unmodified, into 147 tar shards plus a JSON index that WebDataset can train from.
+"""Packs ImageNet's image files, unmodified, into 147 tar shards plus a JSON index, and reads these shards.
 
-    python imagenet_shards.py --imagenet=/data/imagenet --shards=./data
-    python imagenet_shards.py --imagenet=/data/imagenet --shards='pipe:gsutil cp - gs://bucket/%s'
+    python3 imagenet_shards.py --imagenet=/data/imagenet --shards=./data
+    python3 imagenet_shards.py --verify --shards='pipe:gsutil cat gs://bucket/%s'
 
 In:  DIR/{train,val}/CLASS/*.JPEG: any tree that torchvision.datasets.ImageFolder reads, or Kaggle's with a flat val/
 Out: imagenet-train-000000.tar …, imagenet-val-000000.tar …   two members per image: KEY.cls, KEY.jpg
      imagenet-train.json, imagenet-val.json                   the index (wids v1): shards, blocks, checksums, classes
      _info.json                                               the number of samples per shard, for timm's reader
 
-KEY is the file's stem, KEY.cls the class number in ASCII (the rank of the class folder), KEY.jpg the file's bytes.
-The images of a split are shuffled once. A block is a run of 64 samples; the index has its offset, length and CRC-32.
+The shards are written by webdataset.ShardWriter. KEY is the file's stem, KEY.cls the class number in ASCII (the rank of
+the class folder), KEY.jpg the file's bytes. The images of a split are shuffled once. A block is a run of 64 consecutive
+samples in a shard; the index has its offset, length and CRC-32. imagenet_train.py reads block by block.
 
 Guarantee: if the index exists, every shard that it lists is complete. Rerun the same command to resume; finished
-shards are kept. The bytes do not depend on the number of workers, on interruptions, or on --part.
+shards are kept. The bytes do not depend on the number of workers or on interruptions.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import collections
 import contextlib
-import difflib
+import errno
+import fcntl
 import hashlib
+import http.client
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import queue
 import random
 import re
+import select
 import shlex
+import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+import numpy as np
 import PIL.features
-import torch
-import webdataset as wds
 from PIL import Image as PillowImage
 from tqdm import tqdm
 
-SHARD_NAME, INDEX_NAME = "imagenet-{}-{:06d}.tar", "imagenet-{}.json"
+# webdataset and torch are imported where they are used: importing PyTorch takes seconds.
+
+# ---------------------------------------------------------------- errors, processes, files
 
 
-class ShardError(Exception):
+class UserError(Exception):
     """A user-fixable error, in one line: the input, the problem, the remedy."""
+
+
+class PermanentError(UserError):
+    """A failed read that a retry cannot fix."""
+
+
+class PrefixError(UserError):
+    """A failed read that a wrong prefix would explain: not retried for the first file of a run."""
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr, under the script's name."""
+    print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+
+
+def reason(error: BaseException) -> str:
+    """An error's text in one line; of a long one the end, where tracebacks and commands say what happened."""
+    return " ".join(str(error).split())[-300:] or type(error).__name__
+
+
+def count(number: int, noun: str) -> str:
+    """The number and its noun: 1 shard, 2 shards, 3 classes, 4 batches."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s")
 
 
 def format_bytes(size: float) -> str:
@@ -63,18 +103,725 @@ def format_bytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def count(number: int, noun: str) -> str:
-    """The number and its noun: 1 shard, 2 shards, 3 classes."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put a name before the text of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
-def summarize(entries: list[dict[str, Any]]) -> str:
-    """What these entries of an index amount to."""
-    samples, size = (sum(entry[field] for entry in entries) for field in ("nsamples", "filesize"))
-    return f"{count(len(entries), 'shard')}, {count(samples, 'image')}, {format_bytes(size)}"
+def run_script(work: Callable[[], None], explain: Callable[[Exception], str | None] = lambda error: None) -> int:
+    """Call work() and return the exit status: 0, or 1 after an error, which is printed in one line.
+
+    explain: the text for an exception that is neither a UserError nor an OSError; None raises it again
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None if it was closed: ./script >&-
+        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        work()
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or Python reports it once more at the exit
+        message = "standard output was closed"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else reason(error)
+    except Exception as error:
+        message = explain(error) or ""
+        if not message:
+            raise
+    warn(message)
+    return 1
 
 
-# ---------------------------------------------------------------- tree → classes and images
+def end_on_signals(message: Callable[[], str]) -> None:
+    """On SIGINT, SIGTERM or Slurm's SIGUSR1 print message() and end this process at once, with status 128 + number.
+
+    A thread does so, which reads the signal's number from the wake-up descriptor: Python runs handlers in the main
+    thread only, which may be within an import or wait for another rank. A later call replaces the message.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    numbers = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ)
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)[0]) not in numbers:
+            pass
+        try:
+            if text := message():
+                print(end="\n" * sys.stderr.isatty(), file=sys.stderr)  # the terminal shows ^C, beside a progress bar
+                warn(f"{signal.Signals(number).name}: {text}")
+        finally:
+            os._exit(128 + number)
+
+    def restore() -> None:  # ^C is left to the main process, which ends the others
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=restore)
+
+
+def end_with_parent(_: int = 0) -> None:
+    """End this process, and the commands that it started, soon after its parent has ended, whatever ended that."""
+    parent, pid = multiprocessing.parent_process(), os.getppid()
+
+    def watch() -> None:
+        while parent.is_alive() if parent else os.getppid() == pid:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def open_writer(path: Path) -> Iterator[BinaryIO]:
+    """A stream to write a file, which gets its name when the block ends without an exception: complete and on disk.
+
+    Until then it has a temporary name, and a lock which ends with the process.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")  # no two processes or machines share one
+    try:
+        with open(temporary, "xb", buffering=1 << 20) as file:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
+            os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # some network file systems can't sync a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # or a power cut could undo the rename
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str = "*") -> None:
+    """Remove the temporary files that open_writer() left in killed processes. Those of running ones are locked."""
+    for path in folder.glob(f"{pattern}.tmp-{'[0-9a-f]' * 12}"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+# ---------------------------------------------------------------- prefix → bytes
+# A source reads a range of a file. What it returns is not trusted: the caller checks its length and CRC-32.
+
+LIMIT = 64 << 20  # bytes, of an index or a tar member; ImageNet's largest image has a quarter of that
+MIN_RATE = 20_000  # bytes a second, on average over a read, below which it fails
+URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+def locate(prefix: str, name: str) -> str:
+    """The path, URL or pipe:COMMAND of the file `name`: it replaces %s in the prefix, or is appended."""
+    quoted = shlex.quote(name) if prefix.startswith("pipe:") else name
+    if "%s" in prefix:  # not the % operator: a prefix may hold %20 and other percent signs
+        return prefix.replace("%s", quoted)
+    return prefix + quoted if prefix.startswith("pipe:") or prefix.endswith(("/", "=")) else f"{prefix}/{quoted}"
+
+
+def printable(location: str) -> str:
+    """A location without its secrets: URLs without user, password and query, of a command only its name and URLs."""
+    location = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", location)
+    location = re.sub(r"(\w://[^\s?#'\"]*)[?#][^\s'\"]*", r"\1?...", location)
+    if not location.startswith("pipe:"):
+        return location
+    words = location.removeprefix("pipe:").split()
+    program = next((word for word in words if "=" not in word), "")  # TOKEN=… curl …
+    return " … ".join([f"pipe:{program}", *re.findall(r"[a-z0-9+]+://[^\s'\"]+", location)])
+
+
+def printable_file(prefix: str, name: str) -> str:
+    """The location of the file `name` without its secrets."""
+    return f"{name} from {printable(prefix)}" if prefix.startswith("pipe:") else printable(locate(prefix, name))
+
+
+def is_local(prefix: str) -> bool:
+    """Whether a prefix is a folder."""
+    return not (URL.match(prefix) or prefix.startswith("pipe:") or "%s" in prefix)
+
+
+class Folder:
+    """Reads files of a folder."""
+
+    # Other errors, such as EIO, ESTALE, ETIMEDOUT and EMFILE, may pass: the folder may be on a network file system.
+    PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix = prefix
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        """`length` bytes of a file; fewer only at its end. UserError, a PermanentError if a retry cannot help."""
+        try:
+            with open(locate(self.prefix, name), "rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except OSError as error:
+            raise (PermanentError if error.errno in self.PERMANENT else UserError)(error.strerror) from None
+
+    def close(self) -> None:
+        """Nothing is open between reads."""
+
+
+# Before a command: a process that ends the command's group when this program's end of the pipe, its input, closes.
+GUARD = "exec 3<&0 </dev/null; { read -r _; kill -9 0; } <&3 >/dev/null 2>&1 & exec 3<&-; "
+
+
+class Command:
+    """Reads the output of a command, forwards only: it is started for a file and read on as ranges are wanted.
+
+    The command's exit status and messages only explain missing bytes; they decide nothing about those that came.
+    """
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix, self.timeout = prefix, timeout
+        self.name, self.position, self.closed = "", 0, False
+        self.process: subprocess.Popen | None = None
+
+    def kill(self) -> None:
+        """End the command and its children."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or runs as another user
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+
+    def start(self, name: str) -> None:
+        """Start the command for a file."""
+        if self.process:
+            self.kill()
+            self.process.stdout.close()
+        self.name, self.position, self.messages = name, 0, bytearray()
+        try:
+            self.process = subprocess.Popen(
+                GUARD + locate(self.prefix, name).removeprefix("pipe:"), shell=True, bufsize=0, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True,  # a process group, so that kill() also ends the command's children
+            )
+        except (OSError, ValueError) as error:  # too many processes, or a null byte in the command
+            raise PrefixError(reason(error)) from None
+
+        def keep_last(stream: BinaryIO, messages: bytearray) -> None:
+            with stream:
+                while data := stream.read(1 << 16):
+                    messages[:] = (messages + data)[-4096:]
+
+        self.listener = threading.Thread(target=keep_last, args=(self.process.stderr, self.messages), daemon=True)
+        self.listener.start()
+        if self.closed:  # close() may have come before this process
+            self.kill()
+
+    def take(self, offset: int, length: int) -> bytes:
+        """These bytes of the output; fewer only at its end. UserError if they come too slowly."""
+        pipe, parts, poll = self.process.stdout, [], select.poll()
+        begun, first = time.monotonic(), self.position
+        poll.register(pipe)
+        while self.position < offset + length:
+            if not poll.poll(1000 * self.timeout):
+                raise UserError(f"no byte for {self.timeout:g} s")
+            if not (data := pipe.read(min(offset + length - self.position, 1 << 20))):
+                break
+            parts.append(data[max(0, offset - self.position) :])  # what precedes is discarded
+            self.position += len(data)
+            if time.monotonic() - begun > self.timeout + (self.position - first) / MIN_RATE:
+                raise UserError(f"only {self.position - first} bytes in {time.monotonic() - begun:.0f} s")
+        return b"".join(parts)
+
+    def finish(self, offset: int, length: int) -> bytes:
+        """take(). UserError if there are fewer bytes and the command failed."""
+        data = self.take(offset, length)
+        if len(data) == length:
+            return data
+        self.name = ""  # nothing follows: the next read starts the command again
+        try:
+            status = self.process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            raise UserError("the command closed its output but does not end") from None
+        if status:
+            self.listener.join(1)
+            said = printable(" ".join(self.messages.decode(errors="replace").split())[-300:]) or "no message"
+            text = f"the command failed with exit status {status}: {said}"
+            raise PrefixError(f"found {len(data)} bytes, then {text}" if data else text)
+        return data
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        """`length` bytes of a file; fewer only at its end."""
+        if self.process and name == self.name and self.position <= offset:
+            with contextlib.suppress(UserError):  # a server may close a connection that waited: not an error yet
+                return self.finish(offset, length)
+        self.start(name)
+        return self.finish(offset, length)
+
+    def close(self) -> None:
+        """From any thread: end the command; a read in progress fails, later ones too."""
+        self.closed = True
+        if self.process:
+            self.kill()
+            self.process.stdin.close()
+
+
+COMMANDS = {"s3": "aws s3 cp {} -", "gs": "gsutil -q cat {}"}  # what reads these URLs
+COMMANDS |= dict.fromkeys(["http", "https"], "curl -sSfL --connect-timeout 30 {}")  # from servers that have no ranges
+
+
+def as_command(prefix: str) -> str:
+    """The pipe:COMMAND that reads files under a URL. PermanentError if no command is known for its protocol."""
+    protocol = prefix.partition("://")[0]
+    if protocol not in COMMANDS:
+        raise PermanentError(f"{printable(prefix)}: cannot read {protocol}:// URLs; name a command: pipe:COMMAND %s")
+    return "pipe:" + COMMANDS[protocol].format(shlex.quote(locate(prefix, "%s")))
+
+
+class Web:
+    """Reads ranges of files over HTTP, a request each. Obeys http_proxy and https_proxy."""
+
+    def __init__(self, prefix: str, timeout: float) -> None:
+        self.prefix, self.timeout = prefix, timeout
+        self.command: Command | None = None  # reads instead once the server has ignored a range
+
+    def request(self, name: str, offset: int, length: int) -> urllib.request.Request:
+        """The request for a range. The password is not sent to the target of a redirect."""
+        url = urllib.parse.urlsplit(locate(self.prefix, name))
+        user, _, host = url.netloc.rpartition("@")
+        path, query = (urllib.parse.quote(part, safe="/%:=&;,+~!$'()*@?") for part in (url.path, url.query))
+        host = host.encode("idna").decode() if not host.isascii() else host
+        request = urllib.request.Request(url._replace(netloc=host, path=path, query=query).geturl())
+        request.add_header("Range", f"bytes={offset}-{offset + length - 1}")
+        if user:
+            user = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {user}")
+        return request
+
+    def read(self, name: str, offset: int = 0, length: int = LIMIT) -> bytes:
+        begun, parts, received = time.monotonic(), [], 0
+        try:
+            if self.command:
+                return self.command.read(name, offset, length)
+            with urllib.request.urlopen(self.request(name, offset, length), timeout=self.timeout) as response:
+                if response.status != 206 and length < LIMIT:
+                    self.command = Command(as_command(self.prefix), self.timeout)
+                    warn(f"{printable(self.prefix)}: the server ignores ranges; files are read from their beginning")
+                    return self.command.read(name, offset, length)
+                while received < length and (data := response.read1(min(length - received, 1 << 20))):
+                    parts.append(data)
+                    received += len(data)
+                    if time.monotonic() - begun > self.timeout + received / MIN_RATE:
+                        raise UserError(f"only {received} bytes in {time.monotonic() - begun:.0f} s")
+                if response.length and received < length:
+                    raise UserError(f"found {received} of {received + response.length} bytes")
+                return b"".join(parts)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # the range begins at the end of the file
+                return b""
+            permanent = error.code < 500 and error.code not in (408, 425, 429)
+            raise (PermanentError if permanent else UserError)(f"HTTP status {error.code} {error.reason}") from None
+        except (ValueError, http.client.InvalidURL) as error:
+            raise PermanentError(f"not a valid URL ({reason(error)})") from None
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)  # of URLError, an OSError
+            wrong = isinstance(cause, (ssl.SSLCertVerificationError, socket.gaierror))
+            raise (PrefixError if wrong else UserError)(reason(cause)) from None
+
+    def close(self) -> None:
+        """End the command, if one reads."""
+        if self.command:
+            self.command.close()
+
+
+Source = Folder | Command | Web
+
+
+def open_source(prefix: str, timeout: float) -> Source:
+    """What reads files under this prefix. timeout: seconds without a byte after which a read fails."""
+    if prefix.startswith(("http://", "https://")):
+        return Web(prefix, timeout)
+    if URL.match(prefix):
+        prefix = as_command(prefix)
+    return Command(prefix, timeout) if prefix.startswith("pipe:") else Folder(prefix, timeout)
+
+
+def retry(
+    read: Callable[[], Any], seconds: float, stop: threading.Event | None = None,
+    final: tuple[type, ...] = (PermanentError,),
+) -> Any:
+    """read(); after a UserError again, for `seconds` after the first one, with exponential back-off and jitter.
+
+    The pauses are 1, 2, 4 … s, at most 60, each times 0.5 to 1 at random, so that a thousand readers do not return to a
+    server at once. Errors of the types in `final` are not retried; after stop.set() nothing is.
+    """
+    stop, deadline = stop or threading.Event(), 0.0
+    for failures in itertools.count():
+        try:
+            return read()
+        except UserError as error:
+            now = time.monotonic()
+            deadline = deadline or now + seconds
+            if isinstance(error, final) or now >= deadline or stop.is_set():
+                raise
+            pause = min(60, 2**failures * random.uniform(0.5, 1), deadline - now)
+            warn(f"{error}; next try in {pause:.1f} s, for {deadline - now:.0f} s at most")
+        stop.wait(pause)
+
+
+# ---------------------------------------------------------------- index
+# The index lists every block before any is read. That makes epochs exact, lengths known, and missing bytes visible.
+
+FINAL_AT_FIRST = PermanentError, PrefixError  # errors that are not retried for the first file of a run
+SHARD_NAME, INDEX_NAME = "imagenet-{}-{:06d}.tar", "imagenet-{}.json"
+UNFINISHED = "imagenet-conversion-not-finished"  # kind of the file that takes the index's place meanwhile
+# Names end up in a shell command and in a path: only those that are safe in both are accepted.
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.tar")
+MAX_BLOCK = 1 << 16  # samples
+
+
+class Block(NamedTuple):
+    """A run of consecutive samples in one shard: the unit that is read, checked and cached."""
+
+    shard: int  # position in Index.shards
+    offset: int  # bytes
+    length: int  # bytes
+    samples: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of a split. A sample's number is its position in the order of the blocks, which is that of the shards.
+
+    With `tree`, a tree of image files in the same form, each file a shard and a block of one sample.
+    """
+
+    prefix: str  # of the shards
+    classes: list[str]  # wnids; a label is a position in this list
+    shards: list[dict[str, Any]]  # as the file lists them: url, nsamples, filesize, sha256, blocks
+    blocks: list[Block]
+    class_names: list[str] | None = None  # human-readable
+    recipe: dict[str, Any] | None = None  # of imagenet_shards.py; None: another program wrote the shards
+    tree: bool = False  # each shard is an image file, whose url is its path below the prefix, WNID/KEY.JPEG
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [blocks + 1]: number of each block's first sample, and the total."""
+        return np.cumsum([0] + [block.samples for block in self.blocks])
+
+    @property
+    def total(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def seekable(self) -> bool:
+        """Whether any range can be read. A command's output can only be read forwards."""
+        return not self.prefix.startswith("pipe:")
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that the order of an epoch depends on."""
+        content = json.dumps([self.shards, [block.samples for block in self.blocks]])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def describe(data: bytes) -> str:
+    """What bytes are that should have been something else: the text of an HTML page, or how they begin."""
+    if data.lstrip()[:1] == b"<":
+        text = re.sub("<[^>]*>", " ", data[:4096].decode(errors="replace"))
+        return f"a page that says {' '.join(text.split())[:160]!r}"
+    return f"{len(data)} bytes that begin {data[:40]!r}" if data else "nothing"
+
+
+def parse_index(data: bytes, prefix: str) -> Index:
+    """An index from its JSON text. ValueError says what is wrong; no text can do harm."""
+    try:
+        content = json.loads(data)
+        if content["__kind__"] == UNFINISHED:
+            raise ValueError("the conversion is not finished; rerun imagenet_shards.py until it writes the index")
+        shards, classes, class_names = content["shardlist"], content["classes"], content.get("class_names")
+        if any("blocks" not in shard for shard in shards):
+            command = f"python3 imagenet_shards.py --index-only --shards={printable(prefix)}"
+            raise ValueError(f"the index lists no blocks; add them with: {command}")
+        names, sizes, counts, checksums = (
+            [shard[key] for shard in shards] for key in ("url", "filesize", "nsamples", "sha256")
+        )
+        blocks = [Block(number, *block) for number, shard in enumerate(shards) for block in shard["blocks"]]
+        invalid: list[Any] = [x for x in names if not SHARD.fullmatch(x)]
+        invalid += [x for x in checksums if not re.fullmatch("[0-9a-f]{64}", x)]
+        invalid += [x for x in classes + (class_names or classes) if not isinstance(x, str)]
+        invalid += [x for x in sizes if type(x) is not int]
+        invalid += [x for x in [content.get("recipe")] if not isinstance(x, dict | None)]
+        invalid += [b for b in blocks if any(type(x) is not int or not 0 <= x < 1 << 50 for x in b)]
+        invalid += [b for b in blocks if not invalid and (not 0 < b.samples <= MAX_BLOCK or b.length > 1 << 30)]
+        if not invalid:
+            ends = [block.offset + block.length for block in blocks]
+            held = [sum(block[2] for block in shard["blocks"]) for shard in shards]
+            invalid += [number for number, samples in zip(counts, held) if number != samples]
+            invalid += [b for b, end in zip(blocks, ends) if end > sizes[b.shard]]
+            invalid += [b for a, b, end in zip(blocks, blocks[1:], ends) if a.shard == b.shard and b.offset != end]
+    except (KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+        cut = data.startswith(b'{\n"__kind__"') and not data.rstrip().endswith(b"}")
+        found = f"its first {len(data)} bytes; it is cut" if cut else describe(data)
+        raise ValueError(f"expected an index, found {found}") from None
+    if invalid:
+        raise ValueError(f"the index holds an invalid value, {str(invalid[0])[:80]!a}")
+    if not classes or not blocks or len(set(names)) < len(shards) or len(class_names or classes) != len(classes):
+        raise ValueError("the index lists no classes, no images, or a shard twice")
+    return Index(prefix, classes, shards, blocks, class_names, content.get("recipe"))
+
+
+def read_file(prefix: str, name: str, timeout: float) -> bytes:
+    """A file of at most 64 MiB. UserError names it."""
+    source = open_source(prefix, timeout)
+    with naming(printable_file(source.prefix, name)), contextlib.closing(source):
+        return source.read(name)
+
+
+def probe(prefix: str, name: str, timeout: float) -> str:
+    """Try to read ten bytes of a file: the prefix, as a command if it is a URL without ranges. UserError as read()."""
+    source = open_source(prefix, timeout)
+    with naming(printable_file(prefix, name)), contextlib.closing(source):
+        source.read(name, 0, 10)
+        return source.command.prefix if isinstance(source, Web) and source.command else source.prefix
+
+
+# What a prefix lacks that is not a folder, by what it looks like.
+HINTS = {
+    r".*[{}*]|.*\.tar$": "give the prefix only: the index lists the shards",
+    r"(https?|gs|s3):/[^/]|[\w.-]+:\d+(/|$)": "a URL begins with PROTOCOL://, such as http://",
+    r"(curl|wget|gsutil|aws|cat|az|ssh)\b.* |.* %s": "a command begins with pipe:",
+}
+
+
+def find_hint(prefix: str) -> str | None:
+    """What is probably meant by a prefix that is not a folder."""
+    return next((text for pattern, text in HINTS.items() if re.match(pattern, prefix)), None)
+
+
+def check_folder(prefix: str, flag: str) -> None:
+    """PermanentError, with a hint, unless the prefix is a folder that exists."""
+    if not Path(prefix).is_dir():
+        raise PermanentError(f"{flag}: no such folder; {find_hint(prefix) or 'imagenet_shards.py makes it'}")
+
+
+def read_index(shards: str, split: str, retry_for: float = 0, timeout: float = 60, index: str | None = None) -> Index:
+    """Read and check imagenet-SPLIT.json under `shards`, or under `index` where it lies elsewhere than the shards.
+
+    UserError if it does not exist or is not an index, with the remedy.
+    """
+    prefix, name = index or shards, INDEX_NAME.format(split)
+    flag = f"{'--index' if index else '--shards'}={printable(prefix)}"
+    if is_local(prefix):
+        check_folder(prefix, flag)
+    if is_local(prefix) and Path(prefix, split).is_dir() and not Path(prefix, name).exists():
+        raise PermanentError(f"{flag}: a tree of images, not shards; run imagenet_shards.py, or use --imagenet")
+    again = partial(retry, seconds=retry_for, final=FINAL_AT_FIRST)
+    try:
+        data = again(partial(read_file, prefix, name, timeout))
+    except UserError as error:
+        remedy = "make it with imagenet_shards.py" if is_local(prefix) else f"is {flag} right?"
+        raise type(error)(f"{error}; {remedy}") from None
+    try:
+        found = parse_index(data, shards)
+    except ValueError as error:
+        raise UserError(f"{printable_file(prefix, name)}: {error}; {flag} must name the shards' place") from None
+    if shards.startswith("http"):
+        shards = again(partial(probe, shards, found.shards[0]["url"], timeout))
+    return replace(found, prefix=open_source(shards, timeout).prefix)
+
+
+# ---------------------------------------------------------------- blocks → streams
+# A block is fetched and checked as a whole before any sample of it is used. So a failed read can simply be repeated.
+
+
+def fetch(source: Source, index: Index, block: Block) -> bytes:
+    """A block's bytes from its source, checked. UserError that names shard, block, source and what was found."""
+    name = index.shards[block.shard]["url"]
+    place = f"{name}, {count(block.samples, 'sample')} at byte {block.offset}"
+    with naming(f"{place}, from {printable(locate(source.prefix, name))}"):
+        for _ in range(2 if isinstance(source, Folder) else 1):  # a disk may be wrong once, a copy is wrong every time
+            data = source.read(name, block.offset, block.length)
+            if len(data) == block.length and zlib.crc32(data) == block.crc32:
+                return data
+        problem = f"CRC-32 is {zlib.crc32(data):08x}, the index lists {block.crc32:08x}; found {describe(data)}"
+        if len(data) < block.length:
+            problem = f"found {len(data)} of {block.length} bytes, {describe(data)}"
+        if isinstance(source, Folder):
+            raise PermanentError(f"{problem}; copy or convert the shard again")
+        raise UserError(problem)
+
+
+RESERVE = 10_000_000_000  # bytes that a cache leaves free on its disk, but at most a tenth of the disk
+
+
+def fetch_cached(read: Callable[[], bytes], cache: Path, index: Index, block: Block, cache_full: Event) -> bytes:
+    """A block's bytes from the cache, checked; else what read() returns, which then goes into the cache.
+
+    A file's name says which bytes it must hold. Many processes may share the folder. A disk that is nearly full or
+    read-only costs only the cache: `cache_full` is set, reported once for all workers, and no more files are written.
+    """
+    path = cache / f"{index.shards[block.shard]['sha256'][:16]}-{block.offset}-{block.length}"
+    with contextlib.suppress(OSError):
+        data = path.read_bytes() if path.is_file() else b""
+        if len(data) == block.length and zlib.crc32(data) == block.crc32:
+            return data
+    data = read()
+    if not cache_full.is_set() and (path.is_file() or not path.exists()):
+        try:
+            disk = shutil.disk_usage(cache)
+            if disk.free - len(data) < min(RESERVE, disk.total // 10):
+                raise OSError(errno.ENOSPC, "the disk is nearly full")
+            with open_writer(path) as file:
+                file.write(data)
+        except OSError as error:
+            if not cache_full.is_set():
+                cache_full.set()
+                warn(f"--cache={cache}: {error.strerror}; continuing without")
+    return data
+
+
+def read_ahead(fetch: Callable[[Any], bytes], items: Iterable[Any], ahead: int = 4) -> Iterator[tuple[Any, bytes]]:
+    """(item, fetch(item)) of each item, in order, from a daemon thread that is at most `ahead` items in advance."""
+    results: queue.Queue[tuple[Any, Future] | None] = queue.Queue(ahead - 1)  # and one in hand
+    stop = threading.Event()
+
+    def work() -> None:
+        for item in items:
+            result: Future[bytes] = Future()
+            try:
+                result.set_result(fetch(item))
+            except BaseException as error:
+                result.set_exception(error)
+            results.put((item, result))
+            if stop.is_set():
+                return
+        results.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while entry := results.get():
+            yield entry[0], entry[1].result()
+    finally:
+        stop.set()
+        with contextlib.suppress(queue.Empty):  # lets the thread put what it has in hand
+            results.get_nowait()
+
+
+def check_members(data: bytes) -> None:
+    """ValueError unless these bytes are tar members that a tar reader expands to no more than they hold.
+
+    Refused are compressed data, which WebDataset would decompress, sparse files, and members of a negative size or one
+    that exceeds the data.
+    """
+    at = 0
+    while at < len(data) and data[at]:  # zeros end an archive
+        header = data[at : at + 512]
+        if header[257:262] != b"ustar":
+            raise ValueError(f"not a tar header at byte {at}: {describe(header)}")
+        try:
+            size = tarfile.nti(header[124:136])
+        except tarfile.HeaderError:
+            size = -1
+        content = data[at + 512 : at + 512 + max(0, size)]
+        if len(content) != size:
+            raise ValueError(f"a member of {size} bytes is not in its block")
+        if header[156:157] == b"S" or (header[156:157] in b"xg" and b"GNU.sparse" in content):
+            raise ValueError("a member is a sparse file")
+        at += 512 + -(-size // 512) * 512
+
+
+def open_blocks(
+    blocks: Iterable[dict[str, Any]], index: Index, retry_for: float, timeout: float, cache: Path | None = None,
+    cache_full: Event | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A stage in the place of WebDataset's url_opener: {"url", "block"} → {"url", "block", "stream"}.
+
+    "block" is a position in index.blocks, "stream" yields its bytes, a run of tar members. They are complete and have
+    the CRC-32 that the index lists. UserError as fetch(), after retries.
+    """
+    source, stop = open_source(index.prefix, timeout), threading.Event()
+
+    def fetch_block(item: dict[str, Any]) -> bytes:
+        block = index.blocks[item["block"]]
+        read = partial(retry, partial(fetch, source, index, block), retry_for, stop)
+        return fetch_cached(read, cache, index, block, cache_full) if cache else read()
+
+    try:
+        for item, data in read_ahead(fetch_block, blocks):
+            try:
+                check_members(data)
+            except ValueError as error:
+                place = f"{item['url']}, block at byte {index.blocks[item['block']].offset}"
+                raise PermanentError(f"{place}: {error}; make the index again") from None
+            yield item | {"stream": io.BytesIO(data)}
+    finally:
+        stop.set()
+        source.close()
+
+
+# ---------------------------------------------------------------- images
+
+IMAGES = ("jpg", "jpeg", "png")  # extensions of a sample's image
+# Pillow's warnings do not say of which image they are. Their causes, such as invalid EXIF data, do no harm.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def image_bytes(sample: dict[str, Any]) -> bytes:
+    """The undecoded image of a sample."""
+    return next(sample[extension] for extension in IMAGES if extension in sample)
+
+
+def open_image(file: BinaryIO) -> PillowImage.Image:
+    """A JPEG or PNG, whatever its name says (n02105855_2933.JPEG is a PNG). Only the header is read.
+
+    ValueError for other files, and for more pixels than Pillow allows without a warning, 89 million.
+    """
+    limit = PillowImage.MAX_IMAGE_PIXELS
+    try:
+        image = PillowImage.open(file, formats=["JPEG", "PNG"])
+    except PillowImage.UnidentifiedImageError:
+        raise ValueError("neither JPEG nor PNG") from None
+    except PillowImage.DecompressionBombError:
+        raise ValueError(f"more than {2 * limit:,} pixels; {limit:,} are allowed") from None
+    if image.width * image.height > limit:
+        raise ValueError(f"{image.width} × {image.height} pixels; {limit:,} are allowed")
+    return image
+
+
+def decode_image(data: bytes) -> PillowImage.Image:
+    """The decoded image; ValueError says why it can't be decoded."""
+    if not data:
+        raise ValueError("empty file")
+    try:
+        image = open_image(io.BytesIO(data))
+        image.load()
+    except (ValueError, MemoryError):  # the second says nothing about the image
+        raise
+    except Exception as error:  # Pillow raises many kinds on invalid bytes
+        raise ValueError(reason(error)) from None
+    return image
+
+
+def to_8_bits(image: PillowImage.Image) -> PillowImage.Image:
+    """A grey image of 16 bits with 8; another one as it is. Pillow's convert() would clip most values to white."""
+    if image.mode.startswith("I"):
+        return image.point(lambda value: value * (1 / 256)).convert("L")
+    return image
+
+
+def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
+    """The image in RGB, whatever it was: CMYK, grey, with a palette."""
+    image = to_8_bits(image)
+    return image if image.mode == "RGB" else image.convert("RGB")  # an RGB image it would only copy
+
+
+# ---------------------------------------------------------------- tree → images
 
 # What torchvision.datasets.ImageFolder takes for an image, so that nothing is left out that it would read.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -95,6 +842,12 @@ class Image(NamedTuple):
     key: str  # the sample's name in its shard
 
 
+def find_tree(root: Path) -> Path:
+    """The folder that holds train/ and val/: root, or one below it where Kaggle's archive has it."""
+    paths = [root / below for below in ("", "CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")]
+    return next((path for path in paths if (path / "train").is_dir() or (path / "val").is_dir()), root)
+
+
 def find_classes(root: Path, split: str) -> list[str]:
     """The sorted names of a split's class folders; none for a flat val/ of images."""
     folder = root / split
@@ -102,24 +855,27 @@ def find_classes(root: Path, split: str) -> list[str]:
         advice = "--imagenet must name the folder that holds train/ and val/"
         if (root / ARCHIVES[split]).exists():
             advice = f"unpack {ARCHIVES[split]} with torchvision.datasets.ImageNet({str(root)!r}, {split!r})"
-        raise ShardError(f"{folder}: no such folder; {advice}")
+        raise UserError(f"{folder}: no such folder; {advice}")
     names = sorted(os.listdir(folder))
     if archives := [name for name in names if re.fullmatch(r"n\d{8}\.tar", name)]:
         found = f"{count(len(archives), 'class archive')} (first {archives[0]})"
-        raise ShardError(f"{folder}: {found} among the class folders; unpack each into its folder and remove it")
+        raise UserError(f"{folder}: {found} among the class folders; unpack each into its folder and remove it")
     classes = [name for name in names if (folder / name).is_dir()]
     if strange := [name for name in classes if not name.isprintable()]:  # for example not UTF-8
-        raise ShardError(f"{folder}: class folder {strange[0]!a} has an unprintable name; rename it")
+        raise UserError(f"{folder}: class folder {strange[0]!a} has an unprintable name; rename it")
     if not classes and not (split == "val" and any(name.lower().endswith(EXTENSIONS) for name in names)):
-        raise ShardError(f"{folder}: no class folders; expected one folder per class, {folder}/n01440764/*.JPEG")
+        raise UserError(f"{folder}: no class folders; expected one folder per class, {folder}/n01440764/*.JPEG")
     return classes
 
 
 def find_files(folder: Path) -> list[str]:
     """The image files below a folder, sorted as torchvision sorts them; OSError if any part of it can't be read."""
     files: list[str] = []
-    folders = [str(folder)]
+    folders, seen = [str(folder)], set()
     for parent in folders:  # which grows meanwhile
+        if (path := os.path.realpath(parent)) in seen:
+            raise UserError(f"{parent}: a link to {path}, which is listed already; remove the link")
+        seen.add(path)
         for entry in os.scandir(parent):
             (folders if entry.is_dir() else files).append(entry.path)
     return sorted((file for file in files if file.lower().endswith(EXTENSIONS)), key=os.path.split)
@@ -139,18 +895,20 @@ def read_labels(path: Path) -> tuple[dict[str, str], list[str]]:
     if path.suffix != ".bin":
         text = path.read_text(encoding="utf-8", errors="replace")
         return dict(re.findall("^([^ ,\n]+)[ ,](.*)$", text, re.MULTILINE)), []
+    import torch  # takes seconds
+
     try:
         names, wnids = torch.load(path, weights_only=True)
         return {wnid: ", ".join(words) for wnid, words in names.items()}, list(wnids)
     except Exception as error:  # torch raises many kinds
-        raise ShardError(f"{path}: not torchvision's meta.bin ({type(error).__name__}); remove it") from None
+        raise UserError(f"{path}: not torchvision's meta.bin ({type(error).__name__}); remove it") from None
 
 
 def read_val_labels(root: Path, path: Path | None, files: list[str]) -> list[str]:
     """The wnid of each file of a flat val/, from LOC_val_solution.csv or meta.bin: `path`, or found beside the tree."""
     path = path or find_beside(root, "LOC_val_solution.csv", "meta.bin")
     if not path:
-        raise ShardError(
+        raise UserError(
             f"{root / 'val'}: {count(len(files), 'image')} but no class folders; name Kaggle's LOC_val_solution.csv or "
             "torchvision's meta.bin with --val-labels, move the images into class folders, or use --splits=train"
         )
@@ -159,7 +917,7 @@ def read_val_labels(root: Path, path: Path | None, files: list[str]) -> list[str
         wnids = wnids or [labels[Path(file).stem].split()[0] for file in files]
         return [wnid for _, wnid in zip(files, wnids, strict=True)]
     except (ValueError, LookupError) as error:
-        raise ShardError(f"{path}: not a label for each image of {root / 'val'} ({error}); check both") from None
+        raise UserError(f"{path}: not a label for each image of {root / 'val'} ({error}); check both") from None
 
 
 def make_keys(files: list[tuple[str, str]]) -> list[str]:
@@ -176,23 +934,30 @@ def make_keys(files: list[tuple[str, str]]) -> list[str]:
     return list(keys)
 
 
-def list_split(root: Path, split: str, val_labels: Path | None) -> tuple[list[str], list[Image]]:
-    """The classes and images of a split, sorted. ShardError or OSError for a tree that can't be read completely."""
+def list_split(root: Path, split: str, val_labels: Path | None = None) -> tuple[list[str], list[Image]]:
+    """The classes and images of a split, sorted. UserError or OSError for a tree that can't be read completely.
+
+    The classes are those of train/, if it exists, of which val/ may lack some.
+    """
     folders = find_classes(root, split)
-    train = find_classes(root, "train") if split == "val" and (root / "train").is_dir() else folders
+    train = find_classes(root, "train") if split == "val" and (root / "train").is_dir() else []
     files = [(file, name) for name in folders for file in find_files(root / split / name)]
     if not folders:
         names = find_files(root / split)
         files = list(zip(names, read_val_labels(root, val_labels, names)))
-    found = sorted({name for _, name in files})
-    if empty := sorted(set(folders) - set(found)):
-        raise ShardError(f"{root / split / empty[0]}: no images in this class folder; remove it")
-    classes = folders or (train if set(found) <= set(train) else found)
-    if train and train != classes:  # a class that only one split has would shift the numbers of those after it
-        differing = sorted(set(train) ^ set(classes))
-        first = f"{', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}"
-        problem = f"train/ and val/ differ in {count(len(differing), 'class')} ({first})"
-        raise ShardError(f"{root}: {problem}, so class numbers would; give both the same")
+    elif beside := [name for name in {*os.listdir(root / split)} - {*folders} if name.lower().endswith(EXTENSIONS)]:
+        warn(f"{root / split}: {count(len(beside), 'image')} beside the class folders left out, {min(beside)!a} …")
+    found = {name for _, name in files}
+    classes = train or folders or sorted(found)
+    if unknown := sorted({*folders, *found} - {*classes}):
+        first = f"{', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}"
+        first = first.encode("ascii", "backslashreplace").decode()  # names may differ in Unicode normalisation only
+        problem = f"train/ and val/ differ in {count(len(unknown), 'class')} ({first})"
+        raise UserError(f"{root}: {problem}, so class numbers would; give both the same")
+    if (missing := sorted({*classes} - found)) and not train:
+        raise UserError(f"{root / split / missing[0]}: no images in this class folder; remove it")
+    if missing:
+        warn(f"{root / split}: no images of {count(len(missing), 'class')} of train/, {missing[0]!a} …")
     start, labels = len(os.path.join(root / split, "")), {name: label for label, name in enumerate(classes)}
     keys = make_keys([(file[start:], name) for file, name in files])
     return classes, [
@@ -208,8 +973,9 @@ def is_imagenet(classes: list[str]) -> bool:
 
 def find_class_names(root: Path | None, classes: list[str]) -> list[str] | None:
     """Human-readable names in label order, for example "tench, Tinca tinca"; None if they are not known."""
-    path = root and find_beside(root, "LOC_synset_mapping.txt", "meta.bin")
-    names = read_labels(path)[0] if path else {}
+    path, names = root and find_beside(root, "LOC_synset_mapping.txt", "meta.bin"), {}
+    with contextlib.suppress(UserError, OSError):  # an unrelated meta.bin
+        names = read_labels(path)[0] if path else {}
     if set(classes) <= set(names):
         return [names[wnid] for wnid in classes]
     if is_imagenet(classes):
@@ -260,7 +1026,7 @@ def make_plan(root: Path, split: str, recipe: dict[str, Any], val_labels: Path |
     classes, images = list_split(root, split, val_labels)
     if is_imagenet(classes) and len(images) != IMAGENET_IMAGES[split]:
         expected = f"ImageNet has {IMAGENET_IMAGES[split]:,}; is the tree complete?"
-        print(f"# warning: {root / split}: {count(len(images), 'image')}, {expected}", file=sys.stderr)
+        warn(f"{root / split}: {count(len(images), 'image')}, {expected}")
     tree = hashlib.sha256()
     for image in images:
         tree.update(b"%s %d %d\n" % (os.fsencode(image.path), image.label, image.size))
@@ -270,184 +1036,8 @@ def make_plan(root: Path, split: str, recipe: dict[str, Any], val_labels: Path |
     return Plan(root, split, shards, recipe, about)
 
 
-# ---------------------------------------------------------------- worker processes
-
-stop: Any = None  # in worker processes: shared memory, without a lock that a killed worker could leave locked
-
-
-def check_stop() -> None:
-    """Raise KeyboardInterrupt in a worker if the user pressed ^C, or another worker or the main process ended."""
-    if stop and stop.value:
-        raise KeyboardInterrupt
-
-
-def start_worker(shared: Any) -> None:
-    """Initialize a worker, which leaves ^C to the main process and ends, with its command, when that is killed."""
-    global stop
-    stop = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while not stop.value and multiprocessing.parent_process().is_alive():
-            time.sleep(0.1)
-        stop.value = 1
-        time.sleep(5)  # in which jobs end their commands and remove their temporary files
-        os._exit(1)  # it may wait for a disk, or for a lock of another worker that was killed
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
-    """Call function(*jobs[key]) for each key in `workers` processes; yield (key, future) of those that end."""
-    shared = multiprocessing.RawValue("b", 0)
-    # Python's own handler raises KeyboardInterrupt anywhere, and loses it while a process is forked.
-    handler = signal.signal(signal.SIGINT, lambda *_: setattr(shared, "value", 1))
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(shared,))
-    try:
-        keys = {pool.submit(function, *job): key for key, job in jobs.items()}
-        for future in as_completed(keys):
-            yield keys[future], future
-        if shared.value:
-            raise KeyboardInterrupt
-    finally:
-        shared.value = 1
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, handler)
-
-
-# ---------------------------------------------------------------- URL → bytes, bytes → URL
-# A file gets its name only when it is complete. A command reads from, or writes to, an unnamed file on this machine: it
-# never sees a part of a shard, whichever process is killed, and it can be run again if it fails.
-
-READ_COMMANDS = {"gs": "gsutil -q cat {}", "s3": "aws s3 cp {} -"} | dict.fromkeys(["http", "https"], "curl -sSfL {}")
-
-
-class Target(NamedTuple):
-    """Where the files of a data set are, and how hard to try to transfer them."""
-
-    prefix: str  # a folder, a URL, or pipe:COMMAND
-    record: Path  # folder of the index and of .finished/, an entry per finished shard; the prefix, if that is a folder
-    retries: int
-    timeout: float  # seconds without progress
-
-    def locate(self, name: str) -> str:
-        """The path or URL of a file, or pipe:COMMAND; %s in the prefix becomes the name, or it is appended."""
-        if "%s" in self.prefix:
-            return self.prefix.replace("%s", name)
-        return self.prefix + ("" if self.prefix.startswith("pipe:") or self.prefix.endswith("/") else "/") + name
-
-    def record_path(self, name: str) -> Path:
-        return self.record / ".finished" / f"{name}.json"
-
-
-def try_command(command: str, file: BinaryIO, output: bool, timeout: float) -> str:
-    """Run a shell command with a file as its standard input or output; what went wrong, or nothing."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if output:
-        file.truncate()
-    with tempfile.TemporaryFile() as messages:
-        files = {"stdin": subprocess.DEVNULL, "stdout": file} if output else {"stdin": file, "stdout": messages}
-        process = subprocess.Popen(command, shell=True, stderr=messages, start_new_session=True, **files)
-        position, deadline = 0, time.monotonic() + timeout
-        try:
-            while (status := process.poll()) is None and time.monotonic() < deadline:
-                check_stop()
-                if position != (position := os.lseek(file.fileno(), 0, os.SEEK_CUR)):  # the command moves it
-                    deadline = time.monotonic() + timeout
-                time.sleep(0.02)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if status == 0 and (output or os.lseek(file.fileno(), 0, os.SEEK_CUR) == size):
-            return ""
-        messages.seek(0)
-        text = " ".join(messages.read().decode(errors="replace").split())[-300:]
-    problem = f"failed with exit status {status}" if status else "exit status 0 before it had read all of its input"
-    problem = f"no progress for {timeout:g} s" if status is None else problem
-    return f"{problem}: {text}" if text else problem
-
-
-def run_command(target: Target, command: str, file: BinaryIO, output: bool) -> None:
-    """try_command(), up to `retries` times again with exponential back-off. ShardError if it fails in the end."""
-    for failures in itertools.count(1):
-        if not (problem := try_command(command, file, output, target.timeout)):
-            return
-        if failures > target.retries:
-            raise ShardError(f"{command}: {problem}; fix it and rerun")
-        pause = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1)
-        print(f"# {command}: {problem}; retry {failures} of {target.retries} in {pause:.1f} s", file=sys.stderr)
-        for _ in range(int(pause * 20)):
-            check_stop()
-            time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def open_reader(target: Target, url: str) -> Iterator[BinaryIO]:
-    """A stream of a file's bytes. ShardError or OSError if they can't be read."""
-    if (scheme := url.split("://")[0]) in READ_COMMANDS:
-        url = "pipe:" + READ_COMMANDS[scheme].format(shlex.quote(url))
-    with tempfile.TemporaryFile() if url.startswith("pipe:") else open(url, "rb") as file:
-        if url.startswith("pipe:"):
-            run_command(target, url.removeprefix("pipe:"), file, output=True)
-            file.seek(0)
-        yield file
-
-
-@contextlib.contextmanager
-def open_writer(target: Target, url: str) -> Iterator[BinaryIO]:
-    """A stream to write one file to, which exists, complete, only if the block ends without an exception.
-
-    Then temporary files that earlier runs left of the same file are removed.
-    """
-    if url.startswith("pipe:"):
-        with tempfile.TemporaryFile(dir=target.record) as file:
-            yield file
-            file.flush()
-            run_command(target, url.removeprefix("pipe:"), file, output=False)
-        return
-    temporary = f"{url}.tmp-{uuid.uuid4().hex[:12]}"  # no two processes or machines share one
-    try:
-        with open(temporary, "xb", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
-        with contextlib.suppress(FileNotFoundError):  # another run has written the same file and removed this one
-            os.replace(temporary, url)
-        os.stat(url)
-        for leftover in Path(url).parent.glob(f"{Path(url).name}.tmp-*"):  # of a killed run, or one with the same bytes
-            leftover.unlink(missing_ok=True)
-        folder = os.open(os.path.dirname(url) or ".", os.O_RDONLY)
-        os.fsync(folder)  # or it could undo the rename
-        os.close(folder)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def store(target: Target, name: str, text: str) -> None:
-    """Write a small file under the prefix and, if that is a command, a copy into the record."""
-    for url in dict.fromkeys((target.locate(name), str(target.record / name))):
-        with open_writer(target, url) as file:
-            file.write(text.encode())
-
-
 # ---------------------------------------------------------------- images → one shard
 # The only part that touches images: their bytes are copied unmodified after a look at both ends.
-
-
-def decode_image(data: bytes) -> PillowImage.Image:
-    """The decoded image; ValueError says why it can't be decoded."""
-    if not data:
-        raise ValueError("empty file")
-    try:
-        image = PillowImage.open(io.BytesIO(data), formats=["JPEG", "PNG"])
-        image.load()
-    except PillowImage.UnidentifiedImageError:
-        raise ValueError("neither JPEG nor PNG") from None
-    except Exception as error:  # Pillow raises many kinds on invalid bytes
-        raise ValueError(str(error)) from None
-    return image
 
 
 def validate_image(data: bytes, decode: bool = False) -> None:
@@ -457,8 +1047,14 @@ def validate_image(data: bytes, decode: bool = False) -> None:
     """
     jpeg = data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" in data[-1024:]
     png = data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in data[-1024:]
+    # Pillow decodes zeros, as a power cut leaves them. A JPEG ends with FFD9; its last part begins with FFDA.
+    if not jpeg and data.endswith(b"\0") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise ValueError("zeros in the place of its end")
     if decode or not (jpeg or png):
         decode_image(data)
+    # A JPEG has at least a bit for each 8 × 8 pixels, so smaller ones are not too large.
+    elif png or len(data) * 8 * 64 > PillowImage.MAX_IMAGE_PIXELS:
+        open_image(io.BytesIO(data))
 
 
 def resize_image(data: bytes, pixels: int, quality: int) -> bytes:
@@ -470,17 +1066,15 @@ def resize_image(data: bytes, pixels: int, quality: int) -> bytes:
     scale = pixels / min(image.size)
     if scale >= 1:
         return data
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
-    elif image.mode not in ("RGB", "L"):  # CMYK, a PNG's palette
-        image = image.convert("RGB")
+    image = to_8_bits(image)
+    image = image if image.mode == "L" else to_rgb(image)
     size = round(image.width * scale), round(image.height * scale)
     stream = io.BytesIO()
     image.resize(size, PillowImage.Resampling.BICUBIC).save(stream, "JPEG", quality=quality)
     return stream.getvalue()
 
 
-def read_ahead(paths: list[Path], number: int = 16) -> Iterator[bytes]:
+def read_files(paths: list[Path], number: int = 16) -> Iterator[bytes]:
     """The files' bytes, in order. The kernel fetches `number` of them ahead, which keeps a disk busy."""
     for path, later in itertools.zip_longest(paths, paths[number:]):
         try:
@@ -489,84 +1083,151 @@ def read_ahead(paths: list[Path], number: int = 16) -> Iterator[bytes]:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             data = path.read_bytes()
         except OSError as error:
-            raise ShardError(f"{error.filename or path}: {error.strerror}; fix it and rerun") from None
+            raise UserError(f"{error.filename or path}: {error.strerror}; fix it and rerun") from None
         yield data
 
 
 def make_samples(plan: Plan, images: list[Image], invalid: list[list[str]]) -> Iterator[dict[str, Any]]:
     """WebDataset's samples of these images. Those of invalid images are left out; [path, problem] tells of each."""
     resize = plan.recipe["resize"]
-    for image, data in zip(images, read_ahead([plan.root / image.path for image in images])):
-        check_stop()
+    for image, data in zip(images, read_files([plan.root / image.path for image in images])):
         if len(data) != image.size:
             problem = f"{len(data)} bytes, but {image.size} when listed; do not change the tree and rerun"
-            raise ShardError(f"{plan.root / image.path}: {problem}")
+            raise UserError(f"{plan.root / image.path}: {problem}")
         try:
+            if len(data) > LIMIT:  # of a reader
+                raise ValueError(f"{format_bytes(len(data))}; {format_bytes(LIMIT)} are allowed")
             validate_image(data)
             jpg = resize_image(data, *resize[:2]) if resize else data
         except ValueError as error:
-            invalid.append([image.path, str(error)])
+            invalid.append([image.path, reason(error)])
         else:
             yield {"__key__": image.key, "jpg": jpg, "cls": image.label}
 
 
-def tar_samples(samples: Iterator[dict[str, Any]]) -> Iterator[tuple[bytes, int]]:
-    """A tar file of these samples: (the bytes of a sample's members, 1) each, and (the file's trailer, 0)."""
-    written: list[bytes] = []
-    size = 0
-    # mtime=0: a float time would add a kilobyte of PAX headers to every member, and change with every run.
-    tar = wds.TarWriter(io.BytesIO(), mtime=0)
-    # Without tarfile's buffer, and a file in one piece: 1.2 times as fast.
-    tar.tarstream.fileobj, tar.tarstream.copybufsize = SimpleNamespace(write=written.append), 1 << 30
-    for sample in samples:
-        tar.write(sample)
-        data = b"".join(written)
-        yield data, 1
-        size += len(data)
-        written.clear()
-    yield bytes(1024 + -(size + 1024) % tarfile.RECORDSIZE), 0
+class ShardStream:
+    """A shard's file, written or read once, forwards. From the bytes that pass it makes the shard's index entry."""
 
+    def __init__(self, name: str, block_size: int, file: BinaryIO) -> None:
+        self.name, self.block_size, self.file = name, block_size, file
+        self.sha256, self.size = hashlib.sha256(), 0  # of all that has passed
+        self.ends: collections.deque[int] = collections.deque()  # of samples that have not passed completely
+        self.done, self.rest = 0, bytearray()  # end of the last complete sample, and what has passed after it
+        self.start, self.samples, self.crc32 = 0, 0, 0  # of the block that has begun
+        self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]
 
-def make_entry(
-    name: str, parts: Iterable[tuple[bytes, int]], block_size: int, file: BinaryIO | None = None
-) -> dict[str, Any]:
-    """A shard's entry in the index, from its bytes as tar_samples() has them; writes them to a file if there is one."""
-    sha256, crc32, start, size, samples = hashlib.sha256(), 0, 0, 0, 0
-    blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]
-    for data, added in parts:
-        check_stop()
-        if samples == block_size or (samples and not added):
-            blocks.append([start, size - start, samples, crc32])
-            start, samples, crc32 = size, 0, 0
-        if file:
-            file.write(data)
-        sha256.update(data)
-        crc32, size, samples = zlib.crc32(data, crc32), size + len(data), samples + added
-    counts = {"nsamples": sum(block[2] for block in blocks), "filesize": size}
-    return {"url": name} | counts | {"sha256": sha256.hexdigest(), "blocks": blocks}
+    def write(self, data: bytes) -> None:
+        if not self.file.closed:  # tarfile writes once more when a shard is given up
+            self.file.write(data)
+            self.update(data)
+
+    def read(self, length: int) -> bytes:
+        data = self.file.read(length)
+        self.update(data)
+        return data
+
+    def end_sample(self, position: int) -> None:
+        """A sample ends at this position, which has passed already or is within the 10 KiB that a writer holds back."""
+        self.ends.append(position)
+        self.update(b"")
+
+    def update(self, data: bytes) -> None:
+        """Add what passes. ValueError if there is no end of a sample for 256 MiB, which are kept in memory."""
+        self.sha256.update(data)
+        self.size += len(data)
+        self.rest += data
+        while self.ends and self.ends[0] <= self.size:
+            length = self.ends.popleft() - self.done
+            self.crc32 = zlib.crc32(self.rest[:length], self.crc32)
+            del self.rest[:length]
+            self.done += length
+            self.samples += 1
+            if self.samples == self.block_size:
+                self.end_block()
+        if len(self.rest) > 4 * LIMIT:
+            raise ValueError(f"{format_bytes(len(self.rest))} without the end of a sample")
+
+    def end_block(self) -> None:
+        if self.samples:
+            self.blocks.append([self.start, self.done - self.start, self.samples, self.crc32])
+        self.start, self.samples, self.crc32 = self.done, 0, 0
+
+    def entry(self) -> dict[str, Any]:
+        """The shard's entry in the index, once all of it has passed."""
+        self.end_block()
+        counts = {"nsamples": sum(block[2] for block in self.blocks), "filesize": self.size}
+        return {"url": self.name} | counts | {"sha256": self.sha256.hexdigest(), "blocks": self.blocks}
 
 
 class InvalidImagesError(Exception):
     """A shard with invalid images, which is not kept; args[0] lists their [path, problem]."""
 
 
-def write_shard(plan: Plan, number: int, images: list[Image], target: Target, skip_invalid: bool) -> dict[str, Any]:
+def write_shard(plan: Plan, number: int, images: list[Image], folder: Path, skip_invalid: bool) -> dict[str, Any]:
     """Write one shard and return its entry in the index, in which "skipped" lists [path, problem] of invalid images.
 
     InvalidImagesError if there are any and they are not to be skipped: all images are read, but no shard is stored.
     """
+    import webdataset as wds
+
     name = SHARD_NAME.format(plan.split, number)
     invalid: list[list[str]] = []
-    with open_writer(target, target.locate(name)) as file:
-        entry = make_entry(name, tar_samples(make_samples(plan, images, invalid)), plan.recipe["block_size"], file)
+    with open_writer(folder / name) as file:
+        stream = ShardStream(name, plan.recipe["block_size"], file)
+        writer = wds.ShardWriter(
+            f"imagenet-{plan.split}-%06d.tar", start_shard=number, maxcount=len(images), maxsize=math.inf, verbose=0,
+            opener=lambda name: stream,
+            mtime=0,  # a float time would add a kilobyte of PAX headers to every member, and change with every run
+        )
+        for sample in make_samples(plan, images, invalid):
+            writer.write(sample)
+            stream.end_sample(writer.tarstream.tarstream.offset)
         if invalid and not skip_invalid:
             raise InvalidImagesError(invalid)
-    return entry | ({"skipped": invalid} if invalid else {})
+        writer.close()  # without `with`, which would also complete a shard after an exception
+    return stream.entry() | ({"skipped": invalid} if invalid else {})
 
 
 # ---------------------------------------------------------------- plan → all shards and the index
 
-UNFINISHED = "imagenet-conversion-not-finished"  # kind of the file that takes the index's place meanwhile
+OTHER = {"train": "val", "val": "train"}
+RECORDS = ".finished"  # folder in the target, with a file per finished shard
+
+
+def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
+    """Call function(*jobs[key]) for each key in `workers` processes; yield (key, future) of those that end."""
+    import webdataset  # noqa: F401  # takes seconds: here, so that the workers, which are forked, have it
+
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+        try:
+            futures = {pool.submit(function, *job): key for key, job in jobs.items()}
+            for future in as_completed(futures):
+                yield futures[future], future
+        finally:  # nobody waits for other results; and the pool would wait for ever if a worker is killed just now
+            for process in set(multiprocessing.active_children()) - set(others):
+                process.kill()
+
+
+def summarize(entries: list[dict[str, Any]]) -> str:
+    """What these entries of an index amount to."""
+    samples, size = (sum(entry[field] for entry in entries) for field in ("nsamples", "filesize"))
+    return f"{count(len(entries), 'shard')}, {count(samples, 'image')}, {format_bytes(size)}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if there is none."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def store(path: Path, text: str) -> None:
+    """Write a small file, unless it has this text already: a finished folder may be read-only."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        with open_writer(path) as file:
+            file.write(text.encode())
 
 
 def format_index(content: dict[str, Any]) -> str:
@@ -576,75 +1237,94 @@ def format_index(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + f',\n"shardlist": [\n{shards}\n]\n}}\n'
 
 
-def write_index(target: Target, split: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+def write_index(folder: Path, split: str, about: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     """Write imagenet-SPLIT.json in the format of wids, which ignores the keys that are ours; without entries, a stub.
 
     Then _info.json for timm's reader (--dataset wds/imagenet --data-dir FOLDER), from the complete indexes.
     """
-    index = INDEX_NAME.format(split)
+    path = folder / INDEX_NAME.format(split)
     head = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": f"imagenet-{split}"}
     message = "The conversion is not finished: rerun the same imagenet_shards.py command to resume it."
-    stub = json.dumps({"__kind__": UNFINISHED, "message": message} | about, indent=1) + "\n"
-    store(target, index, format_index(head | about | {"shardlist": entries}) if entries else stub)
+    text = json.dumps({"__kind__": UNFINISHED, "message": message} | about, indent=1) + "\n"
+    if entries:
+        text = format_index(head | about | {"shardlist": entries})
+        try:
+            parse_index(text.encode(), str(folder))  # what a reader would refuse is not written
+        except ValueError as error:
+            raise UserError(f"{path}: not written, because {error}") from None
+    store(path, text)
     splits = {}
     for ours, name in (("train", "train"), ("val", "validation")):
-        with contextlib.suppress(FileNotFoundError, KeyError):  # no index, or a stub
-            shards = json.loads((target.record / INDEX_NAME.format(ours)).read_text())["shardlist"]
+        with contextlib.suppress(KeyError, TypeError):  # no index, or a stub
+            shards = read_json(folder / INDEX_NAME.format(ours))["shardlist"]
             lengths, files = [shard["nsamples"] for shard in shards], [shard["url"] for shard in shards]
             splits[name] = {"name": name, "num_samples": sum(lengths), "filenames": files, "shard_lengths": lengths}
-    store(target, "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
+    store(folder / "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
     if entries:
         skipped = sum(len(entry.get("skipped", [])) for entry in entries)
         note = f", {count(skipped, 'invalid image')} skipped" if skipped else ""
-        place = target.locate(index).removeprefix("pipe:")
-        print(f"# {place}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
+        print(f"# {path}: {summarize(entries)}, {count(len(about['classes']), 'class')}{note}")
 
 
-def check_target(plan: Plan, target: Target, overwrite: bool) -> None:
-    """ShardError if the target holds shards of another conversion; with `overwrite` these lose their index instead."""
-    index, problem = target.record / INDEX_NAME.format(plan.split), ""
-    shards = list(target.record.glob(f"imagenet-{plan.split}-*.tar"))
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The shards that are named as this script names them."""
+    return sorted(path for path in folder.glob("*.tar") if re.fullmatch(rf"imagenet-{split}-\d{{6,}}\.tar", path.name))
+
+
+def check_target(plan: Plan, folder: Path) -> None:
+    """UserError if the folder holds shards of another conversion."""
+    index, shards, problem = folder / INDEX_NAME.format(plan.split), find_shards(folder, plan.split), ""
     if index.exists():
-        try:
-            then = json.loads(index.read_text())["recipe"] or {}
+        then = read_json(index).get("recipe")
+        problem = f"{index.name} was not written by this program"
+        if isinstance(then, dict):
             differing = [key for key, value in plan.recipe.items() if then.get(key) != value]
             changes = "; ".join(f"{key} {then.get(key)} then, {plan.recipe[key]} now" for key in differing)
             problem = changes and f"its {plan.split} shards have another recipe ({changes})"
-        except (ValueError, LookupError, TypeError, AttributeError):
-            problem = f"{index.name} was not written by this program"
     elif shards:
         problem = f"holds {count(len(shards), f'{plan.split} shard')} without an index"
-    if problem and not overwrite:
-        advice = "use the same tree and arguments, another --shards, --overwrite to start over, or --index-only"
-        raise ShardError(f"{target.record}: {problem}; {advice}")
     if problem:
-        write_index(target, plan.split, plan.about, [])  # a stub
-    for path in shards if overwrite else []:
+        advice = "use the same tree and arguments, another --shards, --overwrite to start over, or --index-only"
+        raise UserError(f"{folder}: {problem}; {advice}")
+
+
+def clear_target(plan: Plan, folder: Path) -> None:
+    """Take the index and the records away from a split's shards, so that all are written anew; remove surplus ones."""
+    write_index(folder, plan.split, plan.about, [])  # a stub
+    for path in find_shards(folder, plan.split):
+        (folder / RECORDS / f"{path.name}.json").unlink(missing_ok=True)
         if path.name >= SHARD_NAME.format(plan.split, len(plan.shards)):  # the others will be replaced
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
-def finished_shards(plan: Plan, target: Target) -> dict[int, dict[str, Any]]:
-    """Index entries, by shard number, of the shards that any run of this conversion has finished."""
+def finished_shards(plan: Plan, folder: Path, skip_invalid: bool) -> dict[int, dict[str, Any]]:
+    """Index entries, by shard number, of the shards that any run of this conversion has finished.
+
+    A shard that lacks invalid images is not finished for a run that does not skip them: they may be fixed.
+    """
     finished = {}
     for number in range(len(plan.shards)):
         name = SHARD_NAME.format(plan.split, number)
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            recipe, entry = json.loads(target.record_path(name).read_text()).values()
-            stored = target.prefix.startswith("pipe:") or (target.record / name).stat().st_size == entry["filesize"]
-            if stored and recipe == plan.recipe:
+        record = read_json(folder / RECORDS / f"{name}.json")
+        with contextlib.suppress(OSError, KeyError, TypeError):
+            entry = record["entry"]
+            kept = (folder / name).stat().st_size == entry["filesize"] and record["recipe"] == plan.recipe
+            if kept and (skip_invalid or "skipped" not in entry):
                 finished[number] = entry
     return finished
 
 
-def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: bool, workers: int) -> None:
-    """Write these shards and record each. ShardError if there are invalid images that are not to be skipped."""
+def write_shards(plan: Plan, folder: Path, numbers: list[int], skip_invalid: bool, workers: int) -> None:
+    """Write these shards and record each. UserError if there are invalid images that are not to be skipped."""
     starts = list(itertools.accumulate(map(len, plan.shards), initial=0))
     brief = plan._replace(shards=[])  # a worker gets the images of its shard only
-    jobs = {number: (brief, number, plan.shards[number], target, skip_invalid) for number in numbers}
+    jobs = {number: (brief, number, plan.shards[number], folder, skip_invalid) for number in numbers}
     images, invalid, start = sum(len(plan.shards[n]) for n in numbers), [], time.monotonic()
-    with tqdm(total=images, desc=plan.split, unit=" images", disable=None) as bar:
-        for number, future in run_jobs(write_shard, jobs, workers):
+    with (
+        tqdm(total=images, desc=plan.split, unit=" images", disable=None) as bar,
+        contextlib.closing(run_jobs(write_shard, jobs, workers)) as results,
+    ):
+        for number, future in results:
             bar.update(len(plan.shards[number]))
             try:
                 entry = future.result()
@@ -652,328 +1332,438 @@ def write_shards(plan: Plan, target: Target, numbers: list[int], skip_invalid: b
                 invalid += error.args[0]
                 continue
             name, record = entry["url"], {"recipe": plan.recipe, "entry": entry}
-            with open_writer(target, str(target.record_path(name))) as file:
-                file.write(json.dumps(record).encode())
+            store(folder / RECORDS / f"{name}.json", json.dumps(record))
             invalid += entry.get("skipped", [])
-            place, size = target.locate(name).removeprefix("pipe:"), format_bytes(entry["filesize"])
-            tqdm.write(f"# writing {place} {entry['nsamples']} {size} {starts[number]}")
+            size = format_bytes(entry["filesize"])
+            tqdm.write(f"# writing {folder / name} {entry['nsamples']} {size} {starts[number]}")
     for path, problem in sorted(invalid):
-        print(f"# invalid image {plan.root / path}: {problem}", file=sys.stderr)
+        warn(f"invalid image {plan.root / path}: {problem}")
     if invalid and not skip_invalid:
-        problem = f"{count(len(invalid), 'invalid image')}, listed above; rerun with --skip-bad to leave them out"
-        advice = "(finished shards are kept), or fix them and rerun with --overwrite (starts over)"
-        raise ShardError(f"{plan.root / plan.split}: {problem} {advice}")
+        problem = f"{count(len(invalid), 'invalid image')}, listed above; fix them"
+        advice = "or give --skip-bad to leave them out, and rerun; finished shards are kept"
+        raise UserError(f"{plan.root / plan.split}: {problem}, {advice}")
     print(f"# {plan.split}: {images / (time.monotonic() - start):,.0f} images/s")
 
 
-def convert(plan: Plan, target: Target, part: slice, skip_invalid: bool, workers: int) -> None:
-    """Write the part's shards that are not finished and, once those of all parts are, the index."""
-    numbers, finished = range(len(plan.shards)), finished_shards(plan, target)
-    if todo := [number for number in numbers[part] if number not in finished]:
+def convert(plan: Plan, folder: Path, skip_invalid: bool, workers: int) -> None:
+    """Write the shards that are not finished, then the index."""
+    numbers, finished = range(len(plan.shards)), finished_shards(plan, folder, skip_invalid)
+    if todo := [number for number in numbers if number not in finished]:
         if finished:
             print(f"# {plan.split}: keeping {len(finished)} of {count(len(numbers), 'shard')} that are finished")
-        write_index(target, plan.split, plan.about, [])  # a stub, before any shard is replaced
-        write_shards(plan, target, todo, skip_invalid, workers)
-        finished = finished_shards(plan, target)
-    missing = [number for number in numbers if number not in finished]
-    if lost := sorted({*missing} & {*numbers[part]}):
+        write_index(folder, plan.split, plan.about, [])  # a stub, before any shard is replaced
+        write_shards(plan, folder, todo, skip_invalid, workers)
+        finished = finished_shards(plan, folder, skip_invalid)
+    if lost := [number for number in numbers if number not in finished]:
         name = SHARD_NAME.format(plan.split, lost[0])
-        raise ShardError(f"{target.record}: {name} was removed or changed meanwhile; rerun to write it again")
-    if missing:
-        print(f"# waiting for {count(len(missing), f'{plan.split} shard')}; the last part to finish writes the index")
-    else:
-        write_index(target, plan.split, plan.about, [finished[number] for number in numbers])
+        raise UserError(f"{folder}: {name} was removed or changed meanwhile; rerun to write it again")
+    write_index(folder, plan.split, plan.about, [finished[number] for number in numbers])
+
+
+def needed_bytes(plan: Plan, folder: Path, skip_invalid: bool) -> int:
+    """How many more bytes the unfinished shards will take at most; 0 with --resize, where the sizes are not known."""
+    finished, size = finished_shards(plan, folder, skip_invalid), 0
+    for number, images in enumerate(plan.shards):
+        if number not in finished and not plan.recipe["resize"]:
+            size += sum(image.size + 2048 for image in images)  # two headers, a label, padding
+            with contextlib.suppress(FileNotFoundError):
+                size -= (folder / SHARD_NAME.format(plan.split, number)).stat().st_size
+    return size
+
+
+def convert_all(args: argparse.Namespace) -> None:
+    """Convert the splits. What can be refused is refused before the first shard is written."""
+    folder, root = Path(args.shards), find_tree(args.imagenet)
+    hint = find_hint(args.shards)
+    if not is_local(args.shards) or (hint and not folder.is_dir()):
+        advice = hint or "pack into a folder, then copy that with gsutil -m rsync or aws s3 sync"
+        raise UserError(f"--shards={printable(args.shards)}: not a folder; {advice}")
+    if not root.is_dir():
+        raise UserError(f"--imagenet={root}: no such folder; name the one that holds train/ and val/")
+    for path in (folder, folder / RECORDS):
+        remove_leftovers(path)
+    recipe = {name: getattr(args, name) for name in ("seed", "maxsize", "maxcount", "block_size")} | {"resize": None}
+    if args.resize:  # encoders differ in bytes
+        libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
+        recipe["resize"] = [args.resize, args.quality, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
+    plans = [make_plan(root, split, recipe, args.val_labels) for split in args.splits.split(",")]
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    for plan in plans:
+        if not args.overwrite:
+            check_target(plan, folder)
+    needed, free = sum(needed_bytes(plan, folder, args.skip_bad) for plan in plans), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"--shards={folder}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
+    for plan in plans:
+        if args.overwrite:
+            clear_target(plan, folder)
+    try:
+        for plan in plans:
+            convert(plan, folder, args.skip_bad, args.workers)
+    finally:
+        for path in (folder, folder / RECORDS):
+            remove_leftovers(path)  # of workers that were ended
 
 
 # ---------------------------------------------------------------- shards → index entries
 # One function reads a shard and returns its entry: --verify compares that with the index, --index-only stores it.
 
-SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")  # names that are safe in a path and in a command
+CHUNK = 8 << 20  # bytes per read, so that a rotational disk that serves several readers is fast
+MAX_CLASSES = 1 << 16  # where the number of classes follows from the labels
+
+
+class SourceFile(io.RawIOBase):
+    """A file of a source, which is read once, forwards."""
+
+    def __init__(self, source: Source, name: str, retry_for: float) -> None:
+        self.source, self.name, self.retry_for = source, name, retry_for
+        self.position, self.ended = 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.ended:
+            return 0
+        data = retry(partial(self.source.read, self.name, self.position, len(buffer)), self.retry_for)
+        self.position, self.ended = self.position + len(data), len(data) < len(buffer)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def read_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes], int]]:
     """(key, {extension: bytes}, offset of its end) of each sample, grouped as webdataset does it."""
-    split_name = wds.tariterators.base_plus_ext
-    for key, members in itertools.groupby(tar, lambda member: split_name(member.name)[0]):
-        if key is None:  # webdataset ignores other names, such as those of folders
-            continue
-        sample = {}
+    from webdataset.tariterators import base_plus_ext
+
+    for key, members in itertools.groupby(tar, lambda member: base_plus_ext(member.name)[0]):
+        sample: dict[str, bytes] = {}
         for member in members:
             tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
-            if not member.isreg() or member.issparse():  # a sparse one may claim any size
-                raise tarfile.ReadError(f"{member.name}: not a regular file")
-            sample[split_name(member.name)[1].lower()] = tar.extractfile(member).read()
-        yield key, sample, member.offset_data + -(-member.size // 512) * 512
+            if key is not None and (not member.isreg() or member.issparse()):  # a sparse one may claim any size
+                raise ValueError(f"{member.name}: not a regular file")
+            if not 0 <= member.size <= LIMIT:
+                raise ValueError(f"{member.name}: a member of {member.size} bytes")
+            if key is None:  # webdataset ignores other names, such as those of folders
+                continue
+            extension = base_plus_ext(member.name)[1].lower()
+            if extension in sample:
+                raise ValueError(f"{member.name}: a second {extension} of this key")
+            sample[extension] = tar.extractfile(member).read()
+        if key is not None:
+            yield key, sample, member.offset_data + -(-member.size // 512) * 512
 
 
-def read_label(sample: dict[str, bytes], classes: int | None, decode: bool) -> int:
+def read_label(sample: dict[str, bytes], classes: int, decode: bool) -> int:
     """The class number of a sample of one image and one label. ValueError says what is wrong with it."""
-    images = [data for extension, data in sample.items() if extension in ("jpg", "jpeg", "png")]
+    images = [data for extension, data in sample.items() if extension in IMAGES]
     if len(images) != 1 or "cls" not in sample:
-        raise ValueError(f"members {', '.join(sample)}; expected cls and one of jpg, jpeg, png")
+        raise ValueError(f"members {', '.join(sample)}; expected cls and one of {', '.join(IMAGES)}")
     validate_image(images[0], decode)
-    if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", sample["cls"]) or classes and int(sample["cls"]) >= classes:
-        raise ValueError(f"label {sample['cls'][:20]!r} is not a number below {classes or 10**9}")
+    if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", sample["cls"]) or int(sample["cls"]) >= classes:
+        raise ValueError(f"label {sample['cls'][:20]!r} is not a number below {classes}")
     return int(sample["cls"])
 
 
-def read_parts(file: BinaryIO, ends: list[int]) -> Iterator[tuple[bytes, int]]:
-    """A shard's bytes as tar_samples() has them, from the positions where its samples end."""
-    file.seek(0)
-    for end in ends:
-        yield file.read(end - file.tell()), 1
-    while data := file.read(1 << 20):
-        yield data, 0
-    yield b"", 0
-
-
 def read_shard(
-    target: Target, name: str, block_size: int, classes: int | None, decode: bool
+    prefix: str, name: str, block_size: int, classes: int, args: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str], int, list[str]]:
     """Read a shard to its end: (its entry in the index, keys, highest label, problems)."""
-    keys, ends, highest, problems = [], [], -1, []
-    with open_reader(target, target.locate(name)) as file:
+    keys, highest, problems = [], -1, []
+    with contextlib.closing(open_source(prefix, args.timeout)) as source:
+        file = io.BufferedReader(SourceFile(source, name, args.retry_for), CHUNK)
+        stream = ShardStream(name, block_size, file)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            if file.peek(2)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):  # gzip, bzip2, xz, zstd
+                raise ValueError("compressed; unpack it to a plain tar file")
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for key, sample, end in read_samples(tar):
-                    check_stop()
+                    check_members(bytes(stream.rest[: end - stream.done]))
+                    stream.end_sample(end)
                     keys.append(key)
-                    ends.append(end)
                     try:
-                        highest = max(highest, read_label(sample, classes, decode))
+                        highest = max(highest, read_label(sample, classes, args.decode))
                     except ValueError as error:
                         problems.append(f"{key}: {error}")
-        except tarfile.TarError as error:
-            problems.append(str(error))
-        file.seek(max(ends, default=0))
-        trailer = file.read(1 << 20)
-        if not problems and (len(trailer) < 1024 or trailer.strip(b"\0")):  # tarfile ends at a damaged header
-            problems.append(f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?")
-        entry = make_entry(name, read_parts(file, ends), block_size)
-    return entry, keys, highest, problems
+            while stream.read(1 << 20):
+                pass
+            if len(stream.rest) < 1024 or stream.rest.strip(b"\0"):  # tarfile ends at a damaged header
+                problem = f"no end of a tar file after {count(len(keys), 'sample')}; is it truncated or damaged?"
+                problems = problems or [problem]
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # tarfile raises many kinds
+            problems.append(reason(error))
+    return stream.entry(), keys, highest, problems
 
 
 def read_shards(
-    target: Target, names: list[str], expected: dict[str, dict], options: tuple, unique: bool, workers: int
+    prefix: str, names: list[str], block_size: int, classes: int, args: argparse.Namespace, index: Index | None = None
 ) -> tuple[list[dict[str, Any]], int]:
-    """Read all shards with read_shard(*options): (their entries, highest label).
+    """Read all shards: (their entries, highest label).
 
-    ShardError, after a list of all problems, if there are any. Problems are also differences from the `expected`
-    entries, and a key that two samples of a shard or, if `unique`, of all shards have.
+    UserError, after a list of all problems, if there are any. Problems are also differences from the index, if it is
+    given, and a key that two samples of a shard have, or of all shards if this script wrote them.
     """
+    expected = {entry["url"]: entry for entry in index.shards} if index else {}
     entries, highest, problems = {}, -1, []
     owner: dict[str, str] = {}  # shard of each key
-    jobs = {name: (target, name, *options) for name in names}
-    for name, future in tqdm(run_jobs(read_shard, jobs, workers), total=len(names), unit=" shards", disable=None):
-        try:
-            entries[name], keys, label, found = future.result()
-        except (ShardError, OSError) as error:
-            problems.append(f"{name}: {error}")
-            continue
-        tqdm.write(f"# reading {name} {len(keys)} {format_bytes(entries[name]['filesize'])}")
-        owner, highest = owner if unique else {}, max(label, highest)
-        for key in keys:
-            found += [f"{key}: also in {owner[key]}"] if key in owner else []
-            owner[key] = name
-        if name in expected and not found:
-            pairs = [(key, value, expected[name].get(key)) for key, value in entries[name].items()]
-            found = [f"{key} differs: {now} found, {then} in the index" for key, now, then in pairs if now != then][:1]
-        problems += [f"{name}: {problem[:200]}" for problem in found]
+    jobs = {name: (prefix, name, block_size, classes, args) for name in names}
+    with contextlib.closing(run_jobs(read_shard, jobs, args.workers)) as results:
+        for name, future in tqdm(results, total=len(names), unit=" shards", disable=None):
+            try:
+                entry, keys, label, found = future.result()
+            except UserError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            tqdm.write(f"# reading {name} {len(keys)} {format_bytes(entry['filesize'])}")
+            owner = owner if index and index.recipe else {}
+            entries[name], highest = entry, max(label, highest)
+            for key in keys:
+                found += [f"{key}: also in {owner[key]}"] if key in owner else []
+                owner[key] = name
+            if index and not found:
+                pairs = [(key, value, expected[name].get(key)) for key, value in entry.items()]
+                found = [f"{key} differs: {now} found, {then} in the index" for key, now, then in pairs if now != then]
+            problems += [f"{name}: {problem[:200]}" for problem in found]
     for problem in sorted(problems):
-        print(f"# problem: {problem}", file=sys.stderr)
+        warn(f"problem: {problem}")
     if problems:
         advice = f"{count(len(problems), 'problem')}, listed above; write or fetch those shards again"
-        raise ShardError(f"--shards={target.prefix}: {advice}")
+        raise UserError(f"--shards={printable(prefix)}: {advice}")
     return [entries[name] for name in names], highest
 
 
-def verify(args: argparse.Namespace, target: Target, split: str) -> None:
-    """Compare every byte of a split's shards with the index. ShardError if anything differs."""
-    name = INDEX_NAME.format(split)
-    url = str(args.index / name) if args.index else target.locate(name)
-    try:
-        with open_reader(target, url) as file:
-            index = json.loads(file.read())
-        if index["__kind__"] == UNFINISHED:
-            raise ShardError(f"{url}: conversion not finished; rerun its imagenet_shards.py command to resume it")
-        entries = {entry["url"]: entry for entry in index["shardlist"]}
-        block_size = max(block[2] for entry in entries.values() for block in entry["blocks"])
-        options, unique = (block_size, len(index["classes"]), args.decode), index["recipe"] is not None
-        summary = summarize(index["shardlist"])
-        if strange := [name for name in entries if not SHARD.fullmatch(name)]:
-            raise ShardError(f"{url}: lists {strange[0]!r}, which is no shard's name; do not use this index")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        problem = f"not an index of this version ({error!r})"
-        raise ShardError(f"{url}: {problem}; correct --shards or make a new index with --index-only") from None
-    read_shards(target, list(entries), entries, options, unique, args.workers)
-    print(f"# {url.removeprefix('pipe:')}: {summary}: all as the index says")
+def verify(args: argparse.Namespace, split: str) -> None:
+    """Compare every byte of a split's shards with the index. UserError if anything differs."""
+    index = read_index(args.shards, split, args.retry_for, args.timeout, args.index and str(args.index))
+    url = printable_file(str(args.index or args.shards), INDEX_NAME.format(split))
+    planned = (index.recipe or {}).get("shards", len(index.shards))
+    if len(index.shards) != planned:
+        raise UserError(f"{url}: lists {count(len(index.shards), 'shard')}, but {planned} were made")
+    if index.recipe and index.classes != sorted(index.classes):
+        raise UserError(f"{url}: the classes are not in the order of the labels, which is sorted")
+    block_size = max(block.samples for block in index.blocks)
+    read_shards(index.prefix, [entry["url"] for entry in index.shards], block_size, len(index.classes), args, index)
+    print(f"# {url}: {summarize(index.shards)}: all as the index says")
 
 
-def index_only(args: argparse.Namespace, target: Target, split: str) -> None:
-    """Make an index of shards that exist, of this program or of another, and write it into a folder."""
-    source, output = Path(target.prefix), args.index or Path(target.prefix)
-    names = wds.shardlists.expand_urls(args.names) if args.names else []
-    if strange := [name for name in names if not SHARD.fullmatch(name)]:
-        raise ShardError(f"--names: {strange[0]!r} is not a file name that ends in .tar; folders belong into --shards")
-    if not source.is_dir() and not (names and args.index):
-        raise ShardError(f"--shards={target.prefix}: not a folder, so --index-only needs --names and --index")
-    output.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):  # of an earlier version, or of a conversion in parts
-        known = dict(json.loads((output / INDEX_NAME.format(split)).read_text()))
-    about = {key: known.get(key) for key in ("classes", "class_names", "recipe")}
-    if names or "shards" not in (about["recipe"] or {}):
-        about["recipe"] = None
-    found = len(list(source.glob(f"imagenet-{split}-*.tar")))
-    recipe = about["recipe"] or {"block_size": args.block_size, "shards": found}
-    names = names or [SHARD_NAME.format(split, number) for number in range(recipe["shards"])]
-    missing = [name for name in names if source.is_dir() and not (source / name).is_file()]
+def find_names(args: argparse.Namespace, split: str) -> list[str]:
+    """The names of the shards to index: those of --names, or of the shards in the folder."""
+    if is_local(args.shards):
+        check_folder(args.shards, "--shards")
+    elif not (args.names and args.index):
+        raise UserError(f"--shards={printable(args.shards)}: not a folder, so --index-only needs --names and --index")
+    if args.names:
+        from webdataset.shardlists import expand_urls
+
+        try:
+            names = expand_urls(args.names)
+        except ValueError as error:
+            raise UserError(f"--names={args.names}: {reason(error)}") from None
+        if strange := [name for name in names if not SHARD.fullmatch(name)]:
+            advice = "is not a file name that ends in .tar; folders belong into --shards"
+            raise UserError(f"--names: {strange[0]!a} {advice}")
+    else:
+        names = [SHARD_NAME.format(split, number) for number in range(len(find_shards(Path(args.shards), split)))]
+    missing = [name for name in names if is_local(args.shards) and not Path(args.shards, name).is_file()]
     if missing or not names:
         what = f"{len(missing)} of {count(len(names), f'{split} shard')} missing (first {[*missing, 'any'][0]})"
-        raise ShardError(f"{source}: {what}; write them, copy them here, or name others with --names")
-    if args.classes:  # a class a line, or "n01440764 tench, Tinca tinca"
-        lines = args.classes.read_text(encoding="utf-8").splitlines()
-        wnids = all(re.match(r"n\d{8} ", line) for line in lines)
-        about["classes"] = [line[:9] for line in lines] if wnids else lines
-        about["class_names"] = [line[10:] for line in lines] if wnids else None
-    options = recipe["block_size"], about["classes"] and len(about["classes"]), args.decode
-    entries, highest = read_shards(target, names, {}, options, about["recipe"] is not None, args.workers)
-    about["classes"] = about["classes"] or [str(label) for label in range(highest + 1)]
-    about["class_names"] = about["class_names"] or find_class_names(None, about["classes"])
-    write_index(target._replace(prefix=str(output), record=output), split, about, entries)
+        raise UserError(f"{args.shards}: {what}; write them, copy them here, or name others with --names")
+    return names
+
+
+def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
+    """The classes, and their names if the file has lines such as "n01440764 tench, Tinca tinca"."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        lines = []
+    if not lines:
+        raise UserError(f"--classes={path}: not a text file in UTF-8 with a class a line")
+    if all(re.match(r"n\d{8} ", line) for line in lines):
+        return [line[:9] for line in lines], [line[10:] for line in lines]
+    return lines, None
+
+
+def has_numbers(index: dict[str, Any]) -> bool:
+    """Whether the classes of an index are only the numbers that index_only() sets when it knows no names."""
+    return index.get("classes") == [str(number) for number in range(len(index.get("classes") or []))]
+
+
+def index_only(args: argparse.Namespace, split: str) -> None:
+    """Make an index of shards that exist, of this script or of another program, and write it into a folder."""
+    folder, names = args.index or Path(args.shards), find_names(args, split)
+    ours, other = (read_json(folder / INDEX_NAME.format(name)) for name in (split, OTHER[split]))
+    if ours.get("__kind__") == UNFINISHED:
+        raise UserError(f"{folder}: the conversion is not finished; rerun its command, or name another --index")
+    source = retry(partial(probe, args.shards, names[0], args.timeout), args.retry_for, final=FINAL_AT_FIRST)
+    known = next((index for index in (ours, other) if index.get("classes") and not has_numbers(index)), {})
+    classes, class_names = known.get("classes"), known.get("class_names")
+    if args.classes:
+        classes, class_names = read_classes(args.classes)
+    entries, highest = read_shards(source, names, args.block_size, len(classes) if classes else MAX_CLASSES, args)
+    least = len(other.get("classes") or [])  # both splits have the same
+    classes = classes or [str(label) for label in range(max(highest + 1, least))]
+    about = {"classes": classes, "class_names": class_names or find_class_names(None, classes), "recipe": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_index(folder, split, about, entries)
+    if least < len(classes) and has_numbers(other):
+        write_index(folder, OTHER[split], about, other["shardlist"])
+
+
+# ---------------------------------------------------------------- command line of both scripts
+
+
+def bounded(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a number of this kind, int or float, within [low, high]; 1e9 is an int too."""
+    noun = "whole number" if kind is int else "number"
+    limits = f"of at least {low:,}" if high == math.inf else f"from {low:,} to {high:,}"
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError, OverflowError):  # int() of a fraction, NaN and infinity
+            value = float(text)
+            if low <= value <= high and kind(value) == value < math.inf:
+                return kind(value)
+        raise argparse.ArgumentTypeError(f"{text!a} is not a {noun} {limits}")
+
+    return parse
+
+
+def prefix(text: str) -> str:
+    """An argparse type: a folder, a URL or pipe:COMMAND. A leading ~ is expanded."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty; is a variable not set?")
+    return os.path.expanduser(text)
+
+
+def folder(text: str) -> Path:
+    """An argparse type: the path of a folder or file on this machine. A leading ~ is expanded."""
+    if re.match(r"[A-Za-z0-9+.-]{2,}:/|pipe:", text):  # a URL, even with a slash too few
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a path on this machine")
+    return Path(prefix(text))
+
+
+class Once(argparse.Action):
+    """Store a flag's value. An error if the flag is repeated, as a shell does for unquoted braces."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if self.dest in parser.given:
+            parser.error(f"argument {option_string}: given twice; quote a value that has braces")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, except those that say nothing or that the text itself states."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        stated = action.default is None or action.default is False or "default:" in action.help
+        return action.help if stated else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line. Flags are neither abbreviated nor repeated."""
+
+    def __init__(self, description: str, epilog: str | None = None) -> None:
+        super().__init__(description=description, epilog=epilog, formatter_class=Help, allow_abbrev=False)
+        self.register("action", None, Once)
+        self.given: set[str] = set()
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """The flags' values; exits with status 2 after an error."""
+        self.given.clear()
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            words = [re.split("[=:]", word)[0] if word.startswith("-") else printable(word) for word in unknown]
+            quote = "; give a value as --flag=VALUE, in quotes if it contains spaces"
+            hint = "" if all(word.startswith("-") for word in words) else quote
+            self.error(f"unrecognized arguments: {words[0]}{' …' if words[1:] else ''}{hint}")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2, after a line."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 # ---------------------------------------------------------------- command line
 
 
-def whole(text: str) -> int:
-    """An argparse type: a positive whole number; 1e9 is as good as 1000000000."""
-    with contextlib.suppress(ValueError):
-        if float(text).is_integer() and float(text) >= 1:
-            return int(float(text))
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-
-
-def k_of_n(text: str) -> slice:
-    """An argparse type: K/N, as the slice of every N-th item from the K-th on."""
-    with contextlib.suppress(ValueError):
-        number, parts = map(int, text.split("/"))
-        if 1 <= number <= parts:
-            return slice(number - 1, None, parts)
-    raise argparse.ArgumentTypeError(f"{text!r} is not K/N, for example 2/8 for the second of eight parts")
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The flags."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parser = argparse.ArgumentParser(
-        description="Pack ImageNet's image files into WebDataset shards and an index.",
-        epilog="Each finished shard is a line: # writing NAME SAMPLES SIZE BEFORE, the number of samples before it.",
-        allow_abbrev=False,
+    whole = bounded(int, 1)
+    parser = Parser(
+        "Pack ImageNet's image files into WebDataset shards and an index; verify or index shards.",
+        "Each finished shard is a line: # writing NAME SAMPLES SIZE BEFORE, the number of samples before it.",
     )
-    parser.print_usage = lambda file=None: None  # type: ignore[method-assign]  # so that an error is one line
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--imagenet", metavar="DIR", type=Path, help="convert the folder that holds train/ and val/")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--imagenet", metavar="DIR", type=folder, help="convert the folder that holds train/ and val/")
     add("--verify", action="store_true", help="read finished shards and compare every byte with the index")
-    add("--index-only", action="store_true", help="make an index of shards that parts or another program wrote")
+    add("--index-only", action="store_true", help="make an index of shards that another program wrote")
     add = parser.add_argument
-    add("--shards", metavar="PREFIX", type=os.path.expanduser, default="./data",
-        help="folder of shards and index, or pipe:COMMAND that stores its standard input, where %%s becomes the file's "
-        "name; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file [%(default)s]")
+    add("--shards", metavar="PREFIX", type=prefix, default="./data",
+        help="folder of shards and index; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file, "
+        "where %%s becomes the file's name")
     add("--splits", metavar="NAMES", default="train,val", choices=["train", "val", "train,val"],
-        help="train, val or train,val [%(default)s]")
-    add("--workers", metavar="N", type=whole, default=cores, help="processes, with a shard each [%(default)s]")
-    add("--retries", metavar="N", type=int, default=5, help="per shard whose command fails or stalls [%(default)s]")
-    add("--timeout", metavar="S", type=whole, default=300, help="seconds without progress of a command [%(default)s]")
-    add("--block-size", metavar="N", type=whole, default=64, help="samples in a block [%(default)s]")
+        help="train, val or train,val")
+    add("--workers", metavar="N", type=bounded(int, 1, 1024), default=cores, help="processes, with a shard each")
+    add("--block-size", metavar="N", type=bounded(int, 1, MAX_BLOCK), default=64, help="samples in a block")
     add = parser.add_argument_group("with --imagenet").add_argument
-    add("--seed", type=int, default=0, help="of the one shuffle of each split [%(default)s]")
-    add("--maxsize", metavar="BYTES", type=whole, default="1e9", help="a shard ends when it has as many [%(default)s]")
-    add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples [%(default)s]")
+    add("--seed", metavar="N", type=int, default=0, help="of the one shuffle of each split")
+    add("--maxsize", metavar="BYTES", type=whole, default="1e9", help="a shard ends when it has as many")
+    add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples")
     add("--resize", metavar="PX", type=whole, help="shrink images to a shorter side of PX pixels, encoded as JPEG")
-    add("--quality", metavar="Q", type=int, default=90, choices=range(1, 96), help="of these JPEGs, 1–95 [%(default)s]")
-    add("--val-labels", metavar="FILE", type=Path, help="LOC_val_solution.csv or meta.bin for a flat val/ [if found]")
-    add("--part", metavar="K/N", type=k_of_n, default="1/1", help="write every N-th shard, starting with the K-th")
-    add("--record", metavar="DIR", type=Path, default=".", help="for pipe:, folder of the finished shards' records [.]")
+    add("--quality", metavar="Q", type=bounded(int, 1, 95), default=90, help="of these JPEGs, 1 to 95")
+    add("--val-labels", metavar="FILE", type=folder,
+        help="LOC_val_solution.csv or meta.bin for a flat val/ (default: the one beside or above the tree)")
     add("--skip-bad", action="store_true", help="leave out, and list, images that are not a valid JPEG or PNG")
-    add("--overwrite", action="store_true", help="replace shards of another tree or of other arguments")
+    add("--overwrite", action="store_true", help="write all shards anew, also over those of another tree or arguments")
     add = parser.add_argument_group("with --verify and --index-only").add_argument
     add("--decode", action="store_true", help="decode every image")
-    add("--index", metavar="DIR", type=Path, help="folder of the index, if it is not with the shards")
+    add("--index", metavar="DIR", type=folder, help="folder of the index, if it is not with the shards")
     add("--names", help="with --index-only: shards of one split, for example 'imagenet1k-train-{0000..1023}.tar'")
-    add("--classes", metavar="FILE", type=Path, help="with --index-only: the classes in label order, one a line")
+    add("--classes", metavar="FILE", type=folder, help="with --index-only: the classes in label order, one a line")
+    add("--retry-for", metavar="S", type=bounded(float, 0), default=300, help="seconds to repeat a failed read")
+    add("--timeout", metavar="S", type=bounded(float, 0.1), default=60,
+        help="seconds without a byte after which a read fails")
     return parser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags' values; exits with status 2 if they are not valid."""
     parser = make_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = re.findall(r"--[a-z-]+", parser.format_help())
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
-    if not (args.imagenet or args.verify or args.index_only):
-        parser.error("one of the arguments --imagenet --verify --index-only is required")
+    args = parser.parse_args(argv)
     if args.imagenet and (args.decode or args.index or args.names or args.classes):
         parser.error("argument --imagenet: not allowed with --decode, --index, --names or --classes")
     if args.names and (args.verify or "," in args.splits):
         parser.error("argument --names: needs --index-only, and --splits=train or --splits=val")
-    for name in ("imagenet", "val_labels", "record", "index", "classes"):
-        setattr(args, name, getattr(args, name) and getattr(args, name).expanduser())
     return args
 
 
-def find_target(args: argparse.Namespace) -> Target:
-    """Where the shards are. ShardError if --imagenet can't write there."""
-    record = Path(args.shards)
-    if args.shards.startswith("pipe:"):  # named after the command: to a restart, another bucket is another conversion
-        record = args.record / f"imagenet-shards-{hashlib.sha256(args.shards.encode()).hexdigest()[:8]}"
-    elif args.imagenet and ("://" in args.shards or "%s" in args.shards):
-        advice = "name a folder, or a command that stores its input: pipe:gsutil cp - gs://bucket/%s"
-        raise ShardError(f"--shards={args.shards}: neither a folder nor pipe:COMMAND; {advice}")
-    return Target(args.shards, record, args.retries, args.timeout)
+def run(args: argparse.Namespace) -> None:
+    """Convert, verify or index the splits."""
+    if args.imagenet:
+        return convert_all(args)
+    for split in args.splits.split(","):
+        verify(args, split) if args.verify else index_only(args, split)
 
 
-def convert_all(args: argparse.Namespace, target: Target) -> None:
-    """Convert the splits. What can be refused is refused before the first shard is written."""
-    if not args.imagenet.is_dir():
-        raise ShardError(f"--imagenet={args.imagenet}: no such folder; name the one that holds train/ and val/")
-    recipe = {name: getattr(args, name) for name in ("seed", "maxsize", "maxcount", "block_size")} | {"resize": None}
-    if args.resize:  # encoders differ in bytes
-        libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
-        recipe["resize"] = [args.resize, args.quality, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
-    plans = [make_plan(args.imagenet, split, recipe, args.val_labels) for split in args.splits.split(",")]
-    target.record_path("").parent.mkdir(parents=True, exist_ok=True)
-    if target.prefix.startswith("pipe:"):
-        print(f"# finished shards are recorded in {target.record}")
-    for plan in plans:
-        check_target(plan, target, args.overwrite)
-    for plan in plans:
-        convert(plan, target, args.part, args.skip_bad, args.workers)
+def explain(error: Exception) -> str | None:
+    """The message for a lack of memory, which also is why the system kills a process."""
+    if isinstance(error, (BrokenProcessPool, MemoryError)):
+        problem = "a worker process was killed" if isinstance(error, BrokenProcessPool) else "too little memory"
+        return f"{problem} (out of memory?); rerun with fewer --workers; finished shards are kept"
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, and return the exit status: 0, 1 after an error, 130 after ^C."""
-    args, status = parse_args(argv), 1
-    try:
-        target = find_target(args)
-        if args.imagenet:
-            convert_all(args, target)
-        else:
-            for split in args.splits.split(","):
-                (verify if args.verify else index_only)(args, target, split)
-        return 0
-    except (ShardError, OSError) as error:
-        problem = error if isinstance(error, ShardError) else f"{error.filename or args.shards}: {error.strerror}"
-    except BrokenProcessPool:
-        problem = "a worker process was killed (out of memory?); rerun with fewer --workers; finished shards are kept"
-    except KeyboardInterrupt:
-        status, problem = 130, "interrupted; rerun the same command to resume"
-    print(f"imagenet_shards.py: {problem}", file=sys.stderr)
-    return status
+    """Run, and return the exit status: 0, or 1 after an error."""
+    args = parse_args(argv)
+    return run_script(partial(run, args), explain)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # into a log file too
+    end_on_signals(lambda: "rerun the same command to resume; finished shards are kept")
     sys.exit(main())

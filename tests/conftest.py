@@ -74,8 +74,9 @@ def no_curves(request, monkeypatch) -> None:
 
 def convert(tree: Path, folder: Path, *flags: str) -> int:
     """Run imagenet_shards.py in this process; its exit status."""
+    workers = [] if any(flag.startswith("--workers") for flag in flags) else ["--workers=2"]
     with mock.patch.object(sys, "argv", ["imagenet_shards.py"]):
-        return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", "--workers=2", *flags])
+        return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", *workers, *flags])
 
 
 def forked() -> None:

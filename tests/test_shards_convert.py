@@ -4,12 +4,14 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
 import tarfile
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 import torchvision
@@ -148,15 +150,15 @@ def test_a_restart_keeps_finished_shards_and_rewrites_the_rest(tree, shards, tmp
     assert kept.stat().st_ino == before.st_ino and kept.stat().st_mtime_ns == before.st_mtime_ns
 
 
-@pytest.mark.parametrize("flags", [["--seed=1"], ["--maxsize=40000"], ["--maxcount=8"]])
+@pytest.mark.parametrize("flags", [["--maxcount=7", "--seed=1"], ["--maxcount=7", "--maxsize=40000"], ["--maxcount=8"]])
 def test_other_arguments_are_refused_unless_overwrite(tree, shards, tmp_path, capsys, flags):
     folder = shutil.copytree(shards, tmp_path / "data")
-    assert convert(tree, folder, "--maxcount=7", *flags) == 1
+    assert convert(tree, folder, *flags) == 1
     error = capsys.readouterr().err
     assert "another recipe" in error and "--overwrite" in error and error.count("\n") == 1
     assert everything(folder) == everything(shards)
-    assert convert(tree, folder, "--maxcount=7", *flags, "--overwrite") == 0
-    assert convert(tree, tmp_path / "fresh", "--maxcount=7", *flags) == 0
+    assert convert(tree, folder, *flags, "--overwrite") == 0
+    assert convert(tree, tmp_path / "fresh", *flags) == 0
     assert everything(folder) == everything(tmp_path / "fresh")
 
 
@@ -221,8 +223,10 @@ def test_skip_bad_leaves_them_out_and_lists_them(copy, tmp_path, capsys):
     keys = {key for key, _, _ in samples(tmp_path / "out", "train")}
     assert len(keys) == 57 == sum(shard["nsamples"] for shard in index["shardlist"])
     assert not keys & {Path(name).stem for name in bad}
-    assert convert(copy, tmp_path / "out", "--maxcount=4") == 0  # finished: nothing to do, and it says what it lacks
-    assert "3 invalid images skipped" in capsys.readouterr().out
+    assert convert(copy, tmp_path / "out", "--maxcount=4") == 1  # not finished without --skip-bad
+    assert "3 invalid images, listed above" in capsys.readouterr().err
+    assert convert(copy, tmp_path / "out", "--maxcount=4", "--skip-bad") == 0  # what was skipped is recorded
+    assert "writing" not in capsys.readouterr().out
 
 
 def test_validation_agrees_with_pillow():
@@ -262,13 +266,55 @@ def test_a_shards_folder_that_cannot_be_made(tree, tmp_path, capsys):
 @pytest.mark.parametrize("flag", [
     "--splits=test", "--maxsize=0", "--workers=-1", "--maxcount=x", "--image=x", "--decode", "--workers=0.5",
     "--resize=0.5",
-    "--quality=96",
+    "--resize=0", "--quality=96", "--block-size=65537", "--maxsize=inf", "--part=1/2", "--record=.", "--retries=1",
 ])  # fmt: skip
 def test_bad_flags(tree, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         convert(tree, tmp_path, flag)
     [line] = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and flag.split("=")[0] in line
+
+
+# ---------------------------------------------------------------- smaller images
+
+
+def test_resize_makes_the_same_samples_smaller(tree, shards, tmp_path):
+    assert convert(tree, tmp_path, "--maxcount=7", "--resize=32", "--quality=80") == 0
+    originals = {path.stem: path for path in tree.rglob("*.*") if path.is_file()}
+    for split in ("train", "val"):
+        before, after = samples(shards, split), samples(tmp_path, split)
+        assert [sample[:2] for sample in before] == [sample[:2] for sample in after]
+        counts = [
+            [shard["nsamples"] for shard in json.loads((folder / f"imagenet-{split}.json").read_text())["shardlist"]]
+            for folder in (shards, tmp_path)
+        ]
+        assert counts[0] == counts[1]
+        for key, _, data in after:
+            image, original = Image.open(io.BytesIO(data)), Image.open(originals[key])
+            assert image.format == "JPEG" and image.mode in ("RGB", "L") and min(image.size) == 32
+            assert abs(image.width / image.height - original.width / original.height) < 0.05
+    resize = json.loads((tmp_path / "imagenet-train.json").read_text())["recipe"]["resize"]
+    assert resize[:2] == [32, 80] and PIL.__version__ in resize[2]
+
+
+def test_resize_leaves_small_images_as_they_are(tree, shards, tmp_path):
+    assert convert(tree, tmp_path, "--maxcount=7", "--resize=5000") == 0
+    assert samples(tmp_path, "val") == samples(shards, "val")
+
+
+def test_resize_and_not_do_not_mix(tree, shards, tmp_path, capsys):
+    folder = shutil.copytree(shards, tmp_path / "data")
+    assert convert(tree, folder, "--maxcount=7", "--resize=32") == 1
+    assert "resize None then, [32, 90, 'Pillow " in capsys.readouterr().err
+    assert everything(folder) == everything(shards)
+
+
+def test_resize_names_what_it_cannot_decode(tree, tmp_path, capsys):
+    copy = shutil.copytree(tree, tmp_path / "imagenet")
+    path = random.Random(0).choice(sorted((copy / "train").rglob("*.JPEG")))
+    path.write_bytes(b"\xff\xd8\xff" + bytes(100) + b"\xff\xd9")  # its first and last bytes are those of a whole file
+    assert convert(copy, tmp_path / "out", "--resize=32") == 1
+    assert f"invalid image {path}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- --verify
@@ -279,7 +325,7 @@ def verify(prefix: Path | str, *flags: str) -> int:
 
 
 def test_verify_finished_shards(shards, capsys):
-    for prefix in (shards, f"{shards}/%s", f"pipe:cat {shards}/", f"pipe:cat '{shards}/%s' | cat"):
+    for prefix in (shards, f"{shards}/%s", f"pipe:cat {shards}/", f"pipe:cat {shards}/%s | cat"):
         assert verify(prefix, "--decode") == 0
         out = capsys.readouterr().out
         assert f": 9 shards, 60 images, {script.format_bytes(size_of(shards, 'train'))}: all as the index says" in out
@@ -291,7 +337,8 @@ def size_of(folder: Path, split: str) -> int:
 
 
 def rewrite(path: Path, change) -> None:
-    """Write a shard again with changed members, and its index so that size, count and checksum fit."""
+    """Write a shard again with changed members, at least as long, and its index so that size and checksum fit."""
+    size = path.stat().st_size
     with tarfile.open(path) as tar:
         members = change([(m.name, tar.extractfile(m).read()) for m in tar])
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -299,6 +346,7 @@ def rewrite(path: Path, change) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    os.truncate(path, max(size, path.stat().st_size))
     index = json.loads((path.parent / "imagenet-train.json").read_text())
     for entry in index["shardlist"]:
         if entry["url"] == path.name:
@@ -362,7 +410,7 @@ def test_verify_finds(shards, tmp_path, capsys, expected):
         assert "blocks differs" in capsys.readouterr().err
     assert verify(folder, "--splits=train", "--decode") == 1
     error = capsys.readouterr().err
-    assert re.search(rf"# problem: imagenet-train-00000[13]\.tar: .*{re.escape(expected)}", error), error
+    assert re.search(rf"problem: imagenet-train-00000[13]\.tar: .*{re.escape(expected)}", error), error
     assert "Traceback" not in error and "listed above" in error.splitlines()[-1]
 
 
@@ -370,9 +418,10 @@ def test_verify_finds(shards, tmp_path, capsys, expected):
 def test_verify_without_an_index(tmp_path, capsys, content):
     (tmp_path / "imagenet-train.json").write_bytes(content)
     for prefix in (tmp_path, tmp_path / "nowhere", f"pipe:cat {tmp_path}/"):
-        assert verify(prefix, "--retries=0") == 1
+        assert verify(prefix, "--retry-for=0") == 1
         error = capsys.readouterr().err
-        assert "imagenet-train.json: " in error and error.count("\n") == 1
+        assert error.count("\n") == 1
+        assert "no such folder" in error if "nowhere" in str(prefix) else "imagenet-train.json" in error
 
 
 def test_verify_does_not_run_what_an_index_names(shards, tmp_path, capsys):
@@ -381,4 +430,5 @@ def test_verify_does_not_run_what_an_index_names(shards, tmp_path, capsys):
     index["shardlist"][0]["url"] = f"x.tar; touch {tmp_path}/boom"
     (folder / "imagenet-train.json").write_text(json.dumps(index))
     assert verify(f"pipe:cat {folder}/") == 1
-    assert "which is no shard's name" in capsys.readouterr().err and not (tmp_path / "boom").exists()
+    assert "the index holds an invalid value, 'x.tar; touch" in capsys.readouterr().err
+    assert not (tmp_path / "boom").exists()

@@ -62,13 +62,25 @@ def test_blocks_tile_the_shard_and_hold_its_samples(tree, tmp_path, block_size):
 def test_blocks_are_found_again_where_they_were_written(lengths, block_size):
     """A shard's entry is the same when it is written and when it is read; webdataset's writer makes the same file."""
     samples = [{"__key__": str(key), "jpg": bytes(length), "cls": key} for key, length in enumerate(lengths)]
-    file, oracle = io.BytesIO(), io.BytesIO()
-    entry = script.make_entry("x.tar", script.tar_samples(iter(samples)), block_size, file)
+    written, oracle = io.BytesIO(), io.BytesIO()
+    stream = script.ShardStream("x.tar", block_size, written)
+    writer = wds.ShardWriter("%d", opener=lambda name: stream, mtime=0, verbose=0)
+    for sample in samples:
+        writer.write(sample)
+        stream.end_sample(writer.tarstream.tarstream.offset)
+    writer.close()
     with wds.TarWriter(oracle, mtime=0) as tar:
         ends = [tar.write(sample) and tar.tarstream.offset for sample in samples]
-    assert file.getvalue() == oracle.getvalue()
-    assert entry == script.make_entry("x.tar", script.read_parts(file, ends), block_size)
-    assert sum(samples for _, _, samples, _ in entry["blocks"]) == len(lengths)
+    assert written.getvalue() == oracle.getvalue()
+    read = script.ShardStream("x.tar", block_size, io.BytesIO(written.getvalue()))
+    for end in ends:  # known only after the next header has been read
+        while read.size < min(end + 512, len(written.getvalue())):
+            read.read(10240)
+        read.end_sample(end)
+    while read.read(10240):
+        pass
+    assert stream.entry() == read.entry()
+    assert sum(samples for _, _, samples, _ in read.blocks) == len(lengths)
 
 
 def test_full_scale_index_is_small():
@@ -252,7 +264,7 @@ def test_index_only_refuses(tree, tmp_path, capsys, expected):
     write_others(tree, folder, "x-%d.tar", 25)
     OTHERS[expected](folder)
     prefix = f"pipe:cat {folder}/" if expected == "No such file" else folder
-    flags = ["--splits=train", "--names=x-{0..2}.tar", f"--index={tmp_path}", "--retries=0"]
+    flags = ["--splits=train", "--names=x-{0..2}.tar", f"--index={tmp_path}", "--retry-for=0"]
     flags += [f"--classes={folder}/names"] if (folder / "names").exists() else []
     assert script.main(["--index-only", f"--shards={prefix}", *flags]) == 1
     error = capsys.readouterr().err
@@ -265,6 +277,7 @@ def test_index_only_refuses(tree, tmp_path, capsys, expected):
     (["--shards=http://localhost/", "--splits=train"], "--index-only needs --names and --index"),
 ])  # fmt: skip
 def test_index_only_needs(tmp_path, capsys, flags, expected):
-    assert script.main(["--index-only", f"--shards={tmp_path}", *flags]) == 1
+    flags = flags if any("--shards" in flag for flag in flags) else [*flags, f"--shards={tmp_path}"]
+    assert script.main(["--index-only", *flags]) == 1
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1

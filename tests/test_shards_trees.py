@@ -154,11 +154,12 @@ def test_the_standard_classes_and_their_names():
 
 def test_other_totals_than_imagenets_are_a_warning(tree, shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "is_imagenet", lambda classes: len(classes) == 10)
+    monkeypatch.setattr(script, "find_class_names", lambda root, classes: None)
     assert convert(tree, tmp_path, "--maxcount=70") == 0
     error = capsys.readouterr().err.splitlines()
     assert error == [
-        f"# warning: {tree}/train: 60 images, ImageNet has 1,281,167; is the tree complete?",
-        f"# warning: {tree}/val: 30 images, ImageNet has 50,000; is the tree complete?",
+        f"imagenet_shards.py: {tree}/train: 60 images, ImageNet has 1,281,167; is the tree complete?",
+        f"imagenet_shards.py: {tree}/val: 30 images, ImageNet has 50,000; is the tree complete?",
     ]
     monkeypatch.setattr(script, "IMAGENET_IMAGES", {"train": 60, "val": 30})
     assert convert(tree, tmp_path, "--maxcount=70") == 0 and capsys.readouterr().err == ""
@@ -208,7 +209,7 @@ TREES = {
     "train/ and val/ differ in 1 class (n99999999), so": flat_with("wrong class"),
     "2 class archives (first n00000001.tar) among the class folders": lambda root: [
         (root / "train" / f"n0000000{n}.tar").touch() for n in (1, 2)],
-    "differ in 1 class (n99999999)": lambda root: make_images(root, "train/n99999999/1.jpg"),
+    "differ in 1 class (n99999999)": lambda root: make_images(root, "val/n99999999/1.jpg"),
     "no images in this class folder": lambda root: [(root / s / "n99999999").mkdir() for s in ("train", "val")],
     "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to(root / "nowhere"),
 }  # fmt: skip

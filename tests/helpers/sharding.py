@@ -1,7 +1,6 @@
-"""Reads shards without imagenet_shards.py, and stands for a bucket's command."""
+"""Reads shards without imagenet_shards.py."""
 
 import hashlib
-import shlex
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,3 @@ def everything(folder: Path) -> dict[str, str]:
 def recipe(**changes: int) -> dict[str, Any]:
     """What decides the bytes of a conversion without flags."""
     return {"seed": 0, "maxsize": 10**9, "maxcount": 100_000, "block_size": 64, "resize": None} | changes
-
-
-def storing(store: Path) -> str:
-    """A command that stores as gsutil does: at the end of its input, under the final name."""
-    quoted = shlex.quote(str(store))
-    return f"cat > {quoted}/part-%s-$$ && mv {quoted}/part-%s-$$ {quoted}/%s && echo %s >> {quoted}.order"

@@ -25,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].strip("/")
         path = self.server.folder / name
-        data = path.read_bytes() if path.is_file() else None
+        data = self.file = path.read_bytes() if path.is_file() else None
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.server.ranges else None
         self.partial = bool(match)
         if match and data is not None:
@@ -66,6 +66,37 @@ def answer(status: int, text: str) -> Fault:
         handler.send_header("Content-Length", str(len(page)))
         handler.end_headers()
         handler.wfile.write(page.encode())
+
+    return fault
+
+
+def redirect(url: str) -> Fault:
+    """To the same name under another URL."""
+
+    def fault(handler: Handler, data: bytes) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", url + handler.path.rpartition("/")[2])
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return fault
+
+
+def whole(handler: Handler, data: bytes | None) -> None:
+    """The whole file, whatever range was asked for."""
+    handler.partial = False
+    serve(handler, handler.file)
+
+
+def drip(pause: float) -> Fault:
+    """A byte after each pause."""
+
+    def fault(handler: Handler, data: bytes) -> None:
+        handler.begin(len(data))
+        for n in range(len(data)):
+            handler.wfile.write(data[n : n + 1])
+            if handler.server.ended.wait(pause):
+                break
 
     return fault
 
@@ -132,9 +163,9 @@ def down(seconds: float) -> Fault:
 
 
 @contextmanager
-def fault_server(folder: Path, ranges: bool = True) -> Iterator[http.server.ThreadingHTTPServer]:
+def fault_server(folder: Path, ranges: bool = True, port: int = 0) -> Iterator[http.server.ThreadingHTTPServer]:
     """The server, with .url, .faults to set, and .requests made. ranges: False for one that ignores them."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
         server.folder, server.faults, server.requests, server.ended = folder, {}, [], threading.Event()
         server.ranges = ranges

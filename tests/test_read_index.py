@@ -118,7 +118,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_index_is_one_clear_error(tmp_path, name):
     (tmp_path / "imagenet-train.json").write_bytes(HOSTILE[name])
-    with pytest.raises(UserError, match=r"imagenet-train\.json: (expected an index|the index|Exceeds the limit)") as error:
+    said = r"imagenet-train\.json: (expected an index|the index|Exceeds the limit)"
+    with pytest.raises(UserError, match=said) as error:
         read_index(str(tmp_path), "train")
     assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 

@@ -1,9 +1,6 @@
 """imagenet_train.py's pictures: --preview and curves.png."""
 
-import csv
-import io
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +8,12 @@ from pathlib import Path
 import matplotlib.figure
 import numpy
 import pytest
+from conftest import convert
 from PIL import Image
-from training import TINY
+from runs import one_line, rows, train
+from standin import make_tree
 
 import imagenet_train as script
-
-
-def train(shards: Path, output: Path, *flags: str) -> int:
-    return script.main([*TINY, f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1", *flags])
-
 
 # ---------------------------------------------------------------- --preview
 
@@ -82,14 +76,21 @@ def test_preview_names_the_classes(shards, tmp_path, monkeypatch):
     assert written == [f"{label}  kind {label}" for label in labels]
 
 
-def test_preview_leaves_out_what_cannot_be_decoded(tree, tmp_path):
-    folder = shutil.copytree(tree, tmp_path / "tree")
-    for path in (folder / "train").rglob("*.JPEG"):
-        if path.name.endswith(("1.JPEG", "3.JPEG")):
-            path.write_bytes(b"no image")
-    flags = [f"--preview={tmp_path}/sheet.png", f"--output={tmp_path}/out", "--batch-size=60", "--train-size=32"]
-    assert script.main([*TINY, f"--imagenet={folder}", *flags]) == 0
+def test_preview_leaves_out_what_cannot_be_decoded(shards, tmp_path, capsys, monkeypatch):
+    """Of a batch of more than 32 images it draws 32."""
+    decode = script.decode
+    monkeypatch.setattr(script, "decode", lambda sample, config, epoch: (
+        (None, "damaged") if int(sample["cls"]) < 3 else decode(sample, config, epoch)))
+    assert train(shards, tmp_path, f"--preview={tmp_path}/sheet.png", "--batch-size=256") == 0
     assert Image.open(tmp_path / "sheet.png").width > 100
+    assert "sheet.png: 32 images of the first training batch" in capsys.readouterr().out
+
+
+def test_preview_of_fewer_images_than_a_batch(tmp_path, capsys):
+    make_tree(tmp_path / "tree", train=2, val=1, classes=2)
+    assert convert(tmp_path / "tree", tmp_path / "data") == 0
+    assert train(tmp_path / "data", tmp_path, f"--preview={tmp_path}/sheet.png", "--batch-size=256") == 0
+    assert "sheet.png: 4 images of the first training batch" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- curves.png
@@ -110,16 +111,15 @@ def test_curves_show_the_log(shards, tmp_path, drawn):
     assert train(shards, tmp_path, "--max-epochs=3", "--resume") == 0
     version = tmp_path / "version_0"
     assert len(drawn) == 3  # after each epoch
-    with open(version / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    entries = rows(tmp_path)
     loss, accuracy, rate, speed = drawn[-1].axes
     assert [axes.get_title() for axes in drawn[-1].axes] == ["loss", "accuracy, %", "learning rate", "images/s"]
     top1, top5 = accuracy.lines
     assert list(top1.get_xdata()) == list(top5.get_xdata()) == [1, 2, 3]
-    assert list(top1.get_ydata()) == [100 * float(row["val_top1"]) for row in rows if row["val_top1"]]
+    assert list(top1.get_ydata()) == [100 * float(row["val_top1"]) for row in entries if row["val_top1"]]
     training, validation = loss.lines
-    assert list(training.get_ydata()) == [float(row["train_loss"]) for row in rows if row["train_loss"]]
-    assert list(validation.get_ydata()) == [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert list(training.get_ydata()) == [float(row["train_loss"]) for row in entries if row["train_loss"]]
+    assert list(validation.get_ydata()) == [float(row["val_loss"]) for row in entries if row["val_loss"]]
     epochs = training.get_xdata()
     assert sorted(epochs) == list(epochs) and 0 <= epochs[0] < 0.2 and epochs[-1] > 2.8
     assert len(rate.lines[0].get_xdata()) == len(epochs) == len(speed.lines[0].get_ydata())
@@ -145,6 +145,31 @@ def test_without_matplotlib_there_is_no_picture(shards, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "version_0" / "metrics.json").read_text())["epoch"] == 1
 
 
-def test_a_run_without_a_log_entry_has_curves_too(shards, tmp_path):
+def test_without_an_entry_of_training_there_are_curves_of_validation(shards, tmp_path):
     assert train(shards, tmp_path, "--log-every=100") == 0
-    assert Image.open(io.BytesIO((tmp_path / "version_0" / "curves.png").read_bytes())).width == 1080
+    assert Image.open(tmp_path / "version_0" / "curves.png").size == (1080, 720)
+
+
+def test_a_torn_line_of_the_log_is_dropped(shards, tmp_path, drawn, capsys):
+    """A power cut or a full disk left a part of an entry, and bytes that are no text: the run goes on without them."""
+    assert train(shards, tmp_path) == 0
+    log = tmp_path / "version_0" / "metrics.csv"
+    before = log.read_bytes()
+    log.write_bytes(before + b"0.93,0.1,1\x00\xff")
+    assert train(shards, tmp_path, "--max-epochs=2", "--resume") == 0
+    assert log.read_bytes().startswith(before) and len(drawn) == 2 and not capsys.readouterr().err
+    assert [row["epoch"] for row in rows(tmp_path) if row["val_top1"]] == ["1.0", "2.0"]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(shards, tmp_path, capsys):
+    """An entry of the log that is no number, and a folder in the place of the picture."""
+    assert train(shards, tmp_path, "--max-steps=1") == 0
+    version = tmp_path / "version_0"
+    (version / "curves.png").mkdir()
+    assert train(shards, tmp_path, "--resume") == 0
+    assert "curves.png: not drawn: " in one_line(capsys)
+    (version / "curves.png").rmdir()
+    (version / "metrics.csv").write_text("epoch,train_loss\n0.5,x\n")
+    assert train(shards, tmp_path, "--resume", "--max-epochs=2") == 0
+    assert "curves.png: not drawn: could not convert string to float: 'x'" in one_line(capsys)
+    assert (version / "model.pt").exists()

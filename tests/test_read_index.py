@@ -39,7 +39,7 @@ def test_an_index_that_lies_elsewhere(blocks, tmp_path):
 HINTS = {  # a wrong prefix: what the message advises. {b}: a folder of shards, {t}: a tree, {e}: an empty folder
     "{e}/nowhere": "no such folder; imagenet_shards.py makes it",
     "{e}": "imagenet-train.json: No such file or directory; make it with imagenet_shards.py",
-    "{t}": "a tree of images, not shards; run imagenet_shards.py, or use --imagenet",
+    "{t}": "a tree of images, not shards; pack it with imagenet_shards.py --imagenet",
     "{b}/imagenet-train-{{000000..000008}}.tar": "give the prefix only: the index lists the shards",
     "{b}/imagenet-train-000000.tar": "give the prefix only: the index lists the shards",
     "http://127.0.0.1:1/imagenet-train-{{000000..000008}}.tar": "give the prefix only: the index lists the shards",

@@ -18,6 +18,11 @@ shards are kept. The bytes do not depend on the number of workers or on interrup
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports; later end_on_signals() applies
+
 import argparse
 import base64
 import collections
@@ -38,7 +43,6 @@ import re
 import select
 import shlex
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -392,6 +396,8 @@ class Web:
     def request(self, name: str, offset: int, length: int) -> urllib.request.Request:
         """The request for a range. The password is not sent to the target of a redirect."""
         url = urllib.parse.urlsplit(locate(self.prefix, name))
+        if not url.hostname or url.port == 0:  # .port is a ValueError if it is not a number up to 65535
+            raise ValueError("it names no host")
         user, _, host = url.netloc.rpartition("@")
         path, query = (urllib.parse.quote(part, safe="/%:=&;,+~!$'()*@?") for part in (url.path, url.query))
         host = host.encode("idna").decode() if not host.isascii() else host
@@ -424,7 +430,8 @@ class Web:
             if error.code == 416:  # the range begins at the end of the file
                 return b""
             permanent = error.code < 500 and error.code not in (408, 425, 429)
-            raise (PermanentError if permanent else UserError)(f"HTTP status {error.code} {error.reason}") from None
+            text = f"HTTP status {error.code} {error.reason}".splitlines()[0]
+            raise (PermanentError if permanent else UserError)(text) from None
         except (ValueError, http.client.InvalidURL) as error:
             raise PermanentError(f"not a valid URL ({reason(error)})") from None
         except (OSError, http.client.HTTPException) as error:
@@ -468,7 +475,7 @@ def retry(
             deadline = deadline or now + seconds
             if isinstance(error, final) or now >= deadline or stop.is_set():
                 raise
-            pause = min(60, 2**failures * random.uniform(0.5, 1), deadline - now)
+            pause = min(min(60, 2**failures) * random.uniform(0.5, 1), deadline - now)
             warn(f"{error}; next try in {pause:.1f} s, for {deadline - now:.0f} s at most")
         stop.wait(pause)
 
@@ -620,12 +627,13 @@ def read_index(shards: str, split: str, retry_for: float = 0, timeout: float = 6
     if is_local(prefix):
         check_folder(prefix, flag)
     if is_local(prefix) and Path(prefix, split).is_dir() and not Path(prefix, name).exists():
-        raise PermanentError(f"{flag}: a tree of images, not shards; run imagenet_shards.py, or use --imagenet")
+        raise PermanentError(f"{flag}: a tree of images, not shards; pack it with imagenet_shards.py --imagenet")
     again = partial(retry, seconds=retry_for, final=FINAL_AT_FIRST)
     try:
         data = again(partial(read_file, prefix, name, timeout))
     except UserError as error:
-        remedy = "make it with imagenet_shards.py" if is_local(prefix) else f"is {flag} right?"
+        hint = None if prefix.startswith("pipe:") else find_hint(prefix)
+        remedy = hint or ("make it with imagenet_shards.py" if is_local(prefix) else f"is {flag} right?")
         raise type(error)(f"{error}; {remedy}") from None
     try:
         found = parse_index(data, shards)
@@ -1045,15 +1053,14 @@ def validate_image(data: bytes, decode: bool = False) -> None:
 
     Nearly all complete files pass by their first and last bytes; only others are decoded, or all with `decode`.
     """
-    jpeg = data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" in data[-1024:]
-    png = data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in data[-1024:]
-    # Pillow decodes zeros, as a power cut leaves them. A JPEG ends with FFD9; its last part begins with FFDA.
-    if not jpeg and data.endswith(b"\0") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise ValueError("zeros in the place of its end")
-    if decode or not (jpeg or png):
+    jpeg, png = data.startswith(b"\xff\xd8\xff"), data.startswith(b"\x89PNG\r\n\x1a\n")
+    part, end = (b"\xff\xda", b"\xff\xd9") if jpeg else (b"IDAT", b"IEND")  # how the last part begins and ends
+    complete = (jpeg or png) and end in data[-1024:]
+    if not complete and data.endswith(b"\0") and data.rfind(end) < data.rfind(part):
+        raise ValueError("zeros in the place of its end")  # as a power cut leaves them; Pillow decodes them
+    if decode or not complete:
         decode_image(data)
-    # A JPEG has at least a bit for each 8 × 8 pixels, so smaller ones are not too large.
-    elif png or len(data) * 8 * 64 > PillowImage.MAX_IMAGE_PIXELS:
+    elif png or len(data) * 8 * 64 > PillowImage.MAX_IMAGE_PIXELS:  # a JPEG has a bit or more for each 8 × 8 pixels
         open_image(io.BytesIO(data))
 
 
@@ -1110,11 +1117,16 @@ class ShardStream:
 
     def __init__(self, name: str, block_size: int, file: BinaryIO) -> None:
         self.name, self.block_size, self.file = name, block_size, file
-        self.sha256, self.size = hashlib.sha256(), 0  # of all that has passed
+        self.rest = bytearray()  # what was read, but belongs to a sample whose end is not known
         self.ends: collections.deque[int] = collections.deque()  # of samples that have not passed completely
-        self.done, self.rest = 0, bytearray()  # end of the last complete sample, and what has passed after it
-        self.start, self.samples, self.crc32 = 0, 0, 0  # of the block that has begun
+        self.size, self.sha256, self.crc32 = 0, hashlib.sha256(), 0  # of what has passed; the last since `start`
+        self.start, self.samples = 0, 0  # of the block that has begun
+        self.last = 0, 0  # the end of the last sample, and the CRC-32 there
         self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]
+
+    def end_sample(self, position: int) -> None:
+        """A sample ends at this position, which has not passed completely: a writer holds back up to 10 KiB."""
+        self.ends.append(position)
 
     def write(self, data: bytes) -> None:
         if not self.file.closed:  # tarfile writes once more when a shard is given up
@@ -1122,38 +1134,42 @@ class ShardStream:
             self.update(data)
 
     def read(self, length: int) -> bytes:
+        """Bytes that pass later, by take(). ValueError if there are more than 256 MiB of them."""
         data = self.file.read(length)
+        self.rest += data
+        if len(self.rest) > 4 * LIMIT:
+            raise ValueError(f"{format_bytes(len(self.rest))} without the end of a sample")
+        return data
+
+    def take(self, position: int) -> bytes:
+        """What was read up to this position, which passes now."""
+        data = bytes(self.rest[: position - self.size])
+        del self.rest[: len(data)]
         self.update(data)
         return data
 
-    def end_sample(self, position: int) -> None:
-        """A sample ends at this position, which has passed already or is within the 10 KiB that a writer holds back."""
-        self.ends.append(position)
-        self.update(b"")
-
     def update(self, data: bytes) -> None:
-        """Add what passes. ValueError if there is no end of a sample for 256 MiB, which are kept in memory."""
         self.sha256.update(data)
-        self.size += len(data)
-        self.rest += data
-        while self.ends and self.ends[0] <= self.size:
-            length = self.ends.popleft() - self.done
-            self.crc32 = zlib.crc32(self.rest[:length], self.crc32)
-            del self.rest[:length]
-            self.done += length
+        while self.ends and self.ends[0] <= self.size + len(data):
+            length = self.ends.popleft() - self.size
+            self.size += length
             self.samples += 1
+            self.last = self.size, zlib.crc32(data[:length], self.crc32)
+            self.crc32, data = self.last[1], data[length:]
             if self.samples == self.block_size:
                 self.end_block()
-        if len(self.rest) > 4 * LIMIT:
-            raise ValueError(f"{format_bytes(len(self.rest))} without the end of a sample")
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.size += len(data)
 
     def end_block(self) -> None:
+        end, crc32 = self.last
         if self.samples:
-            self.blocks.append([self.start, self.done - self.start, self.samples, self.crc32])
-        self.start, self.samples, self.crc32 = self.done, 0, 0
+            self.blocks.append([self.start, end - self.start, self.samples, crc32])
+        self.start, self.samples, self.crc32 = end, 0, 0
 
-    def entry(self) -> dict[str, Any]:
-        """The shard's entry in the index, once all of it has passed."""
+    def finish(self) -> dict[str, Any]:
+        """The shard's entry in the index, once all of it has been read or written."""
+        self.take(self.size + len(self.rest))
         self.end_block()
         counts = {"nsamples": sum(block[2] for block in self.blocks), "filesize": self.size}
         return {"url": self.name} | counts | {"sha256": self.sha256.hexdigest(), "blocks": self.blocks}
@@ -1185,7 +1201,7 @@ def write_shard(plan: Plan, number: int, images: list[Image], folder: Path, skip
         if invalid and not skip_invalid:
             raise InvalidImagesError(invalid)
         writer.close()  # without `with`, which would also complete a shard after an exception
-    return stream.entry() | ({"skipped": invalid} if invalid else {})
+    return stream.finish() | ({"skipped": invalid} if invalid else {})
 
 
 # ---------------------------------------------------------------- plan → all shards and the index
@@ -1477,8 +1493,8 @@ def read_shard(
                 raise ValueError("compressed; unpack it to a plain tar file")
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for key, sample, end in read_samples(tar):
-                    check_members(bytes(stream.rest[: end - stream.done]))
                     stream.end_sample(end)
+                    check_members(stream.take(end))
                     keys.append(key)
                     try:
                         highest = max(highest, read_label(sample, classes, args.decode))
@@ -1493,7 +1509,7 @@ def read_shard(
             raise
         except Exception as error:  # tarfile raises many kinds
             problems.append(reason(error))
-    return stream.entry(), keys, highest, problems
+    return stream.finish(), keys, highest, problems
 
 
 def read_shards(

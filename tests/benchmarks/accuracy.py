@@ -1,13 +1,13 @@
 """Whether imagenet_train.py reaches the accuracy of plain PyTorch with the same recipe.
 
-    python tests/benchmarks/accuracy.py --tree=DIR [--classes=10] [--epochs=10] [--seeds=3] [--size=64]
+    python3 tests/benchmarks/accuracy.py --tree=DIR [--classes=10] [--epochs=10] [--seeds=3] [--size=64]
 
 In:  a tree of images, train/<class>/* and val/<class>/*, of which the first --classes are used.
 Out: top-1 after the last epoch for each seed, and mean and standard deviation over the seeds, of
   plain    torchvision's ImageFolder and transforms, DataLoader, and a plain training loop
   script   imagenet_train.py on shards that imagenet_shards.py makes of the same images
-Both in float32 with SGD, linear warm-up over one epoch, cosine decay, label smoothing 0.1, no weight decay on norms and
-biases, random resized crops and flips.
+Both in float32 (the script: unless --precision) with SGD, linear warm-up over one epoch, cosine decay, label smoothing
+0.1, no weight decay on norms and biases, random resized crops and flips.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def script(args: argparse.Namespace, shards: Path, seed: int, output: Path) -> f
         f"--model={args.model}", f"--train-size={args.size}", f"--val-size={args.size}", f"--val-resize={args.resize}",
         f"--batch-size={args.batch_size}", f"--lr={args.lr}", f"--momentum={args.momentum}", "--warmup-epochs=1",
         f"--weight-decay={args.weight_decay}", "--label-smoothing=0.1", f"--workers={args.workers}", "--devices=1",
-        "--precision=32-true",
+        f"--precision={args.precision}",
     ]
     run = subprocess.run([sys.executable, TOP / "imagenet_train.py", *flags], capture_output=True, text=True)
     if run.returncode:
@@ -96,7 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, required=True)
     parser.add_argument("--model", default="resnet18")
-    for name, default in (("classes", 10), ("epochs", 10), ("seeds", 3), ("size", 64), ("resize", 64),
+    parser.add_argument("--precision", default="32-true", help="of the script; the plain loop's is 32-true")
+    for name, default in (("classes", 10), ("epochs", 10), ("seeds", 3), ("seed", 0), ("size", 64), ("resize", 64),
                           ("batch-size", 64), ("workers", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("lr", 0.08), ("momentum", 0.9), ("weight-decay", 5e-4)):
@@ -108,7 +109,7 @@ def main() -> None:
         subprocess.run([*make, "--maxcount=500"], check=True, stdout=subprocess.DEVNULL)
         results: dict[str, list[float]] = {"plain": [], "script": []}
         print("| seed | plain, top-1 % | script, top-1 % | minutes |\n|---|---|---|---|")
-        for seed in range(args.seeds):
+        for seed in range(args.seed, args.seed + args.seeds):
             begun = time.monotonic()
             results["plain"].append(plain(args, tree, seed))
             results["script"].append(script(args, shards, seed, Path(folder, f"output-{seed}")))

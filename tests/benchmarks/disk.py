@@ -1,6 +1,6 @@
 """Files against shards on a disk that spins, as far as a kernel can play one.
 
-    sudo python tests/benchmarks/disk.py --tree=/data/imagenet --work=/mnt/disk
+    sudo python3 tests/benchmarks/disk.py --tree=/data/imagenet --work=/mnt/disk
 
 In:  a tree with train/<wnid>/*.JPEG, or --standin; --work, a folder on a disk of its own device number.
 Out: images and megabytes a second, read (not decoded) from files in shuffled order and from shards, with an empty
@@ -15,22 +15,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+import webdataset as wds
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (0, 1, 2)]
 
 from loading import prepare  # noqa: E402
 from sharding import drop_from_cache  # noqa: E402
 
-import imagenet_train  # noqa: E402
+import imagenet_train as script  # noqa: E402
+from imagenet_shards import image_bytes  # noqa: E402
 
 CGROUPS = Path("/sys/fs/cgroup/blkio")
 
@@ -39,15 +42,15 @@ def read(work: Path, how: str) -> dict[str, float]:
     """Read all images once, in this process; images/s and MB/s."""
     paths = sorted(work.glob("tree/train/*/*"))
     random.Random(0).shuffle(paths)
-    index = imagenet_train.read_index(str(work / "data"), "train")
-    reader = imagenet_train.LoaderConfig(index, True, batch=1, size=224)
-    order, blocks = imagenet_train.plan_reader(index, True, 0, 0, [reader.division], 0, 0)
+    index = script.read_index(str(work / "data"), "train")
+    config = script.LoaderConfig(index, True, batch=1, size=224)
+    stages = script.make_pipeline(config, 0, [config.division], 0, script.Collate(config), multiprocessing.Event())
     begun = time.perf_counter()
     if how == "files":
         sizes = [len(path.read_bytes()) for path in paths]
     else:
-        samples = imagenet_train.read_samples(order, blocks, reader, threading.Event())
-        sizes = [len(sample["jpg"]) for sample in samples]
+        samples = wds.DataPipeline(*stages.pipeline[:-3])  # without map, batched and pad
+        sizes = [len(image_bytes(sample)) for sample in samples]
     seconds = time.perf_counter() - begun
     if len(sizes) != len(paths):
         raise SystemExit(f"disk.py: {len(sizes)} images are read, expected {len(paths)}")

@@ -1,16 +1,21 @@
 """Loaders of the same images side by side: this project's, and what else reads ImageNet into PyTorch.
 
-    python tests/benchmarks/loading.py --tree=/data/imagenet --images=4000 --workers=2
-    python tests/benchmarks/loading.py --standin --only=project,webdataset
+    python3 tests/benchmarks/loading.py --tree=/data/imagenet --images=4000 --workers=2
+    python3 tests/benchmarks/loading.py --standin --only=project-bytes,webdataset-bytes
 
 In:  a tree with train/<wnid>/*.JPEG, or the drawn stand-in, whose images are small: its figures say little.
 Out: a table of images per CPU-second, of all processes, and per second, medians over interleaved rounds.
 
-Each gives batches of RandomResizedCrop + flip: float32, normalised, NCHW; where its name ends in -u8, uint8 NHWC,
-of which a GPU makes the floats. Each runs in a process of its own, and the start of its workers counts. `pillow` only
-reads and decodes each file, in one process: no crop, no batches. A peer that is not installed is left out:
+Each gives batches of RandomResizedCrop + flip. Compare rows that return the same: `bytes` are uint8 [B, S, S, 3], of
+which a GPU makes the floats; `floats` are normalised float32 [B, 3, S, S]. Each loader runs in a process of its own,
+and the start of its workers counts. `pillow` only reads and decodes each file, in one process: no crop, no batches. A
+peer that is not installed is left out; requirements.txt beside this file names them.
 
-    pip install timm litdata mosaicml-streaming spdl nvidia-dali-cuda120
+What floats cost, measured for batches of 64 on one core: 0.68 ms an image if a whole batch is converted by
+`x.permute(0, 3, 1, 2).float().sub_(mean).div_(std)`, 0.16 ms as project_floats() does it. 0.25 ms are page faults of 39
+MB of fresh memory for each batch, which is larger than the cache, so each of the three passes goes through memory; and
+a broadcast over three channels that lie side by side has inner loops of three values. The others pay the same and
+more: ToTensor makes two copies, and the floats, four times the bytes, are copied into shared memory.
 """
 
 from __future__ import annotations
@@ -31,10 +36,12 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.transforms as T
 from PIL import Image
@@ -43,9 +50,9 @@ from torch.utils.data import DataLoader
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import imagenet_train  # noqa: E402
+import imagenet_train as script  # noqa: E402
 
-MEAN, STD = imagenet_train.MEAN, imagenet_train.STD
+MEAN, STD = script.MEAN, script.STD
 
 
 def make_shards(work: Path, name: str, images: int, *flags: str) -> None:
@@ -56,47 +63,67 @@ def make_shards(work: Path, name: str, images: int, *flags: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def crops(size: int) -> T.Compose:
+def to_bytes(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+def crops(size: int, floats: bool) -> T.Compose:
     """What torchvision's users do to a training image."""
-    return T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)])
+    last = [T.ToTensor(), T.Normalize(MEAN, STD)] if floats else [to_bytes]
+    return T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), *last])
 
 
 # ---------------------------------------------------------------- loaders: (work folder, flags) → batches
 
 
-def project_u8(work: Path, a: argparse.Namespace, shards: str = "data") -> Iterable:
-    index = imagenet_train.read_index(str(work / shards), "train")
-    reader = imagenet_train.LoaderConfig(index, True, batch=a.batch, size=a.size, shuffle=500, workers=a.workers)
-    return imagenet_train.Loader(reader)
+def project(work: Path, a: argparse.Namespace, shards: str = "data") -> Iterable:
+    index = script.read_index(str(work / shards), "train")
+    return script.Loader(script.LoaderConfig(index, True, a.batch, a.size, shuffle=500, workers=a.workers))
 
 
-def project_256_u8(work: Path, a: argparse.Namespace) -> Iterable:
-    """As project-u8, from shards made with --resize=256."""
+def project_256(work: Path, a: argparse.Namespace) -> Iterable:
+    """As project, from shards made with --resize=256."""
     if not (work / "data-256/imagenet-train.json").exists():
         make_shards(work, "data-256", a.images, "--resize=256")
-    return project_u8(work, a, "data-256")
+    return project(work, a, "data-256")
 
 
-def project(work: Path, a: argparse.Namespace) -> Iterable:
-    """As project-u8, and what the model does first, here on the CPU."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
-    return ((x.permute(0, 3, 1, 2).float().sub_(mean).div_(std), y) for x, y in project_u8(work, a))
+class Floats(script.Collate):
+    """Also normalises, image by image, into floats [B, 3, S, S] channels_last, in memory that is used again."""
+
+    def __init__(self, config: script.LoaderConfig) -> None:
+        super().__init__(config)
+        # A row of pixels is one run of values; mean and std are repeated along it.
+        self.mean, self.std = (torch.tensor(x).repeat(config.size) * 255 for x in (MEAN, STD))
+        self.floats = deque(torch.empty(self.shape).share_memory_() for _ in range(4))
+
+    def __call__(self, samples: list) -> list:
+        images, labels, errors = super().__call__(samples)
+        self.floats.rotate(-1)
+        for image, normalised in zip(images.flatten(2), self.floats[0].flatten(2)):
+            normalised.copy_(image).sub_(self.mean).div_(self.std)
+        return [self.floats[0].permute(0, 3, 1, 2), labels, errors]
 
 
-def webdataset(work: Path, a: argparse.Namespace) -> Iterable:
+def project_floats(work: Path, a: argparse.Namespace) -> Iterable:
+    script.Collate = Floats  # of the processes that are forked from this one
+    return project(work, a)
+
+
+def webdataset(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     """WebDataset as its documentation shows it."""
     import webdataset as wds
 
     urls = sorted(map(str, (work / "data").glob("*.tar")))
     data = wds.WebDataset(urls, shardshuffle=100, nodesplitter=wds.split_by_node).shuffle(500).decode("pil")
-    data = data.to_tuple("jpg cls").map_tuple(crops(a.size), int).batched(a.batch, partial=False)
+    data = data.to_tuple("jpg cls").map_tuple(crops(a.size, floats), int).batched(a.batch, partial=False)
     return wds.WebLoader(data, batch_size=None, num_workers=a.workers)
 
 
-def imagefolder(work: Path, a: argparse.Namespace) -> Iterable:
+def imagefolder(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     from torchvision.datasets import ImageFolder
 
-    data = ImageFolder(work / "tree/train", crops(a.size))
+    data = ImageFolder(work / "tree/train", crops(a.size, floats))
     return DataLoader(data, a.batch, shuffle=True, num_workers=a.workers, drop_last=True)
 
 
@@ -107,7 +134,7 @@ def timm(work: Path, a: argparse.Namespace) -> Iterable:
     return create_loader(
         data, (3, a.size, a.size), a.batch, is_training=True, use_prefetcher=False, num_workers=a.workers, mean=MEAN,
         std=STD, color_jitter=None, interpolation="bilinear", device=torch.device("cpu"), persistent_workers=False,
-    )  # fmt: skip
+    )
 
 
 def image_and_label(item: tuple) -> dict:
@@ -126,7 +153,7 @@ def litdata(work: Path, a: argparse.Namespace) -> Iterable:
     if not os.path.exists(f"{folder}/index.json"):
         items = ImageFolder(work / "tree/train").samples
         ld.optimize(image_and_label, inputs=items, output_dir=folder, chunk_bytes="64MB", num_workers=2)
-    transform = partial(cropped, crops(a.size))
+    transform = partial(cropped, crops(a.size, True))
     data = ld.StreamingDataset(folder, shuffle=True, drop_last=True, transform=transform)
     return ld.StreamingDataLoader(data, batch_size=a.batch, num_workers=a.workers)
 
@@ -145,11 +172,11 @@ def mosaicml(work: Path, a: argparse.Namespace) -> Iterable:
         def __getitem__(self, place):
             return cropped(transform, super().__getitem__(place))
 
-    transform, data = crops(a.size), Images(local=folder, shuffle=True, batch_size=a.batch)
+    transform, data = crops(a.size, True), Images(local=folder, shuffle=True, batch_size=a.batch)
     return DataLoader(data, a.batch, num_workers=a.workers, drop_last=True)
 
 
-def dali(work: Path, a: argparse.Namespace, floats: bool = True) -> Iterable:
+def dali(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     """DALI's native pipeline on the CPU; `workers` are its threads."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
@@ -173,31 +200,6 @@ def dali(work: Path, a: argparse.Namespace, floats: bool = True) -> Iterable:
     return ((batch[0]["x"], batch[0]["y"]) for batch in batches)
 
 
-def dali_u8(work: Path, a: argparse.Namespace) -> Iterable:
-    return dali(work, a, floats=False)
-
-
-def spdl(work: Path, a: argparse.Namespace) -> Iterable:
-    """SPDL with torchvision's transforms, as its own example: threads in one process."""
-    from spdl.pipeline import PipelineBuilder
-    from torchvision.datasets import ImageFolder
-
-    def load(item: tuple[str, int]) -> tuple[torch.Tensor, int]:
-        with Image.open(item[0]) as image:
-            return transform(image.convert("RGB")), item[1]
-
-    def collate(rows: list) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.stack([x for x, _ in rows]), torch.tensor([y for _, y in rows])
-
-    transform, items = crops(a.size), ImageFolder(work / "tree/train").samples
-    random.shuffle(items)
-    stages = PipelineBuilder().add_source(items).pipe(load, concurrency=a.workers)
-    stages = stages.aggregate(a.batch, drop_last=True).pipe(collate).add_sink(4)
-    pipeline = stages.build(num_threads=a.workers + 1)
-    with pipeline.auto_stop():
-        yield from pipeline.get_iterator(timeout=120)
-
-
 def pillow(work: Path, a: argparse.Namespace) -> Iterable:
     paths = sorted(work.glob("tree/train/*/*"))
     random.Random(0).shuffle(paths)
@@ -207,17 +209,18 @@ def pillow(work: Path, a: argparse.Namespace) -> Iterable:
 
 
 LOADERS: dict[str, tuple[Callable, str | None]] = {  # and the package that it needs beyond the project's
-    "project-u8": (project_u8, None),
-    "project-256-u8": (project_256_u8, None),
-    "project": (project, None),
-    "webdataset": (webdataset, None),
-    "imagefolder": (imagefolder, None),
-    "timm": (timm, "timm"),
-    "litdata": (litdata, "litdata"),
-    "mosaicml": (mosaicml, "streaming"),
-    "spdl": (spdl, "spdl.pipeline"),
-    "dali": (dali, "nvidia.dali"),
-    "dali-u8": (dali_u8, "nvidia.dali"),
+    "project-bytes": (project, None),
+    "webdataset-bytes": (partial(webdataset, floats=False), None),
+    "imagefolder-bytes": (partial(imagefolder, floats=False), None),
+    "dali-bytes": (partial(dali, floats=False), "nvidia.dali"),
+    "project-256-bytes": (project_256, None),
+    "project-floats": (project_floats, None),
+    "webdataset-floats": (partial(webdataset, floats=True), None),
+    "imagefolder-floats": (partial(imagefolder, floats=True), None),
+    "timm-floats": (timm, "timm"),
+    "litdata-floats": (litdata, "litdata"),
+    "mosaicml-floats": (mosaicml, "streaming"),
+    "dali-floats": (partial(dali, floats=True), "nvidia.dali"),
     "pillow": (pillow, None),
 }
 
@@ -246,11 +249,14 @@ def measure(name: str, work: Path, a: argparse.Namespace) -> dict[str, float]:
     cpu, begun, images, batches = cpu_seconds(), time.perf_counter(), 0, iter(loader)
     for x, y in batches:
         if name != "pillow":
-            shape = (a.size, a.size, 3) if name.endswith("-u8") else (3, a.size, a.size)
-            if tuple(x.shape[1:]) != shape or len(x) != len(y.flatten()):
-                raise ValueError(f"{name}: a batch of {tuple(x.shape)}, expected [B, {shape}]")
+            floats, number = name.endswith("floats"), len(y.flatten())
+            wanted = [number, 3, a.size, a.size] if floats else [number, a.size, a.size, 3]
+            if list(x.shape) != wanted or x.is_floating_point() != floats:
+                raise ValueError(f"{name}: a batch of {x.dtype} {list(x.shape)}, expected {wanted}")
         images += len(x)
     wall = time.perf_counter() - begun
+    if name.startswith("project"):
+        loader.batches = None  # ends the loader processes
     del loader, batches
     gc.collect()  # ends worker processes, so that their time is counted
     return {"images": images, "wall": images / wall, "cpu": images / (cpu_seconds() - cpu)}
@@ -283,7 +289,7 @@ def prepare(work: Path, a: argparse.Namespace, copy: bool = False) -> int:
         make_tree(root, train=50, val=1)
     files = sorted(path for path in (root / "train").glob("*/*") if path.is_file())
     if not files:
-        raise SystemExit(f"loading.py: {root}/train: no class folders with images in it; give another --tree")
+        raise SystemExit(f"{root}/train: no class folders with images in it; give another --tree")
     if len(files) > a.images:  # of all classes, as evenly as they come
         files = random.Random(0).sample(files, a.images)
     for turn, path in itertools.islice(((n, path) for n in itertools.count() for path in files), a.images):
@@ -294,23 +300,23 @@ def prepare(work: Path, a: argparse.Namespace, copy: bool = False) -> int:
         except OSError:  # a link, to another disk
             shutil.copyfile(path, link)
     make_shards(work, "data", a.images)
-    return imagenet_train.read_index(str(work / "data"), "train").total
+    return script.read_index(str(work / "data"), "train").total
 
 
 def table(rows: dict[tuple[str, int], list[dict]]) -> Iterable[str]:
-    """Lines of Markdown: medians, the range of the rounds, and each one's rate in the first one's."""
-    yield "| loader | workers | images/CPU-s | range | × | images/s | rounds |"
-    yield "|---|---|---|---|---|---|---|"
-    first = None
+    """Lines of Markdown: medians, the range of the rounds, and each rate in that of the first that returns the same."""
+    yield "| loader | returns | workers | images/CPU-s | range | × | images/s | rounds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    first: dict[str, float] = {}
     for (name, workers), found in rows.items():
         if not found:
             continue
+        loader, _, kind = name.rpartition("-") if "-" in name else (name, "", "nothing")
         cpu = [each["cpu"] for each in found]
         rate, wall = statistics.median(cpu), statistics.median(each["wall"] for each in found)
-        first = first or rate
         yield (
-            f"| {name} | {workers} | {rate:.0f} | {min(cpu):.0f}–{max(cpu):.0f} | {rate / first:.2f} | {wall:.0f} "
-            f"| {len(found)} |"
+            f"| {loader} | {kind} | {workers} | {rate:.0f} | {min(cpu):.0f}–{max(cpu):.0f} "
+            f"| {rate / first.setdefault(kind, rate):.2f} | {wall:.0f} | {len(found)} |"
         )
 
 
@@ -322,7 +328,7 @@ def main() -> int:
     source.add_argument("--measure", metavar="LOADER", choices=LOADERS, help=argparse.SUPPRESS)
     add = parser.add_argument
     add("--images", type=int, default=2000, help="training images; fewer files are repeated (default: 2000)")
-    add("--workers", default="2", help="worker processes, or several numbers with commas for `project-u8` (default: 2)")
+    add("--workers", type=int, default=2, help="worker processes (default: 2)")
     add("--batch", type=int, default=64, help="images a batch (default: 64)")
     add("--size", type=int, default=224, help="side of a crop, pixels (default: 224)")
     add("--rounds", type=int, default=3, help="of all loaders in turn (default: 3)")
@@ -330,9 +336,7 @@ def main() -> int:
     add("--work", metavar="DIR", type=Path, help="folder to work in (default: a temporary one)")
     add("--timeout", type=float, default=600, help="seconds that one measurement may take (default: 600)")
     a = parser.parse_args()
-    workers = [int(number) for number in a.workers.split(",")]
     if a.measure:
-        a.workers = workers[0]
         print(json.dumps(measure(a.measure, a.work, a)))
         return 0
     names = [name for name in a.only.split(",") if name]
@@ -341,17 +345,16 @@ def main() -> int:
     for name in [name for name in names if not installed(LOADERS[name][1])]:
         print(f"# {name}: {LOADERS[name][1]} is not installed, left out")
         names.remove(name)
-    jobs = [(name, n) for name in names for n in (workers if name == "project-u8" else workers[:1])]
     with tempfile.TemporaryDirectory(dir=a.work, prefix="loading-") as folder:
         work = Path(folder)
         print(f"# {prepare(work, a)} images, batches of {a.batch}, {a.size} px, {a.rounds} rounds", flush=True)
-        rows: dict[tuple[str, int], list[dict]] = {job: [] for job in jobs}
-        for name in {"project-256-u8", "litdata", "mosaicml"} & set(names):  # they convert first
-            measure_apart(name, work, a, workers[0])
-        for _, job in itertools.product(range(a.rounds), jobs):
-            if found := measure_apart(job[0], work, a, job[1]):
-                rows[job].append(found)
-                print(f"# {job[0]} {job[1]} {found['cpu']:.0f}/CPU-s {found['wall']:.0f}/s", flush=True)
+        rows: dict[tuple[str, int], list[dict]] = {(name, a.workers): [] for name in names}
+        for name in {"project-256-bytes", "litdata-floats", "mosaicml-floats"} & set(names):  # they convert first
+            measure_apart(name, work, a, a.workers)
+        for _, name in itertools.product(range(a.rounds), names):
+            if found := measure_apart(name, work, a, a.workers):
+                rows[name, a.workers].append(found)
+                print(f"# {name} {found['cpu']:.0f}/CPU-s {found['wall']:.0f}/s", flush=True)
     print("\n".join(table(rows)))
     return 0
 

@@ -1,6 +1,6 @@
 """Sharding against its peers: the same tree, files not in the page cache, interleaved rounds.
 
-    python tests/benchmarks/sharding.py --tree=DIR [--rounds=3] [--workers=1,2] [--other=imagenet_shards.py] [--warm]
+    python3 tests/benchmarks/sharding.py --tree=DIR [--rounds=3] [--workers=1,2] [--other=imagenet_shards.py] [--warm]
 
 DIR holds train/WNID/*.JPEG, ideally a few thousand. Without --tree a stand-in is drawn, whose images are far smaller
 than ImageNet's. The peers: a plain loop over webdataset.ShardWriter, in one process and without checksums, GNU tar of

@@ -1,6 +1,6 @@
 """How much CPU it takes to read shards: from a folder, from nginx in ranges, and through commands.
 
-    python tests/benchmarks/sources.py --shards=./data [--rounds=5]
+    python3 tests/benchmarks/sources.py --shards=./data [--rounds=5]
 
 Out: MB per CPU-second and per second, medians over interleaved rounds, of reading and checking all training blocks,
 without decoding; CPU seconds are those of this process and of its commands, not of nginx. The reader goes through the
@@ -19,16 +19,15 @@ sys.path[:0] = map(str, [HERE, HERE.parent / "helpers", HERE.parent.parent])
 import places  # noqa: E402
 from loading import cpu_seconds  # noqa: E402
 
-import imagenet_train as script  # noqa: E402
+import imagenet_shards as shards  # noqa: E402
 
 
 def read(prefix: str) -> tuple[float, float]:
     """MB per CPU-second and per second."""
-    index = script.read_index(prefix, "train")
-    cpu, begun, source = cpu_seconds(), time.perf_counter(), script.open_source(index.prefix, 60)
-    size = sum(len(script.fetch(source, index, block)) for block in index.blocks)
-    if isinstance(source, script.Command):
-        source.close()
+    index = shards.read_index(prefix, "train")
+    cpu, begun, source = cpu_seconds(), time.perf_counter(), shards.open_source(index.prefix, 60)
+    size = sum(len(shards.fetch(source, index, block)) for block in index.blocks)
+    source.close()
     return size / 1e6 / (cpu_seconds() - cpu), size / 1e6 / (time.perf_counter() - begun)
 
 

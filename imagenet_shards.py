@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import argparse
 import base64
-import collections
 import contextlib
 import errno
 import fcntl
@@ -56,7 +55,7 @@ import urllib.request
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -733,7 +732,7 @@ def check_members(data: bytes) -> None:
         if header[257:262] != b"ustar":
             raise ValueError(f"not a tar header at byte {at}: {describe(header)}")
         try:
-            size = tarfile.nti(header[124:136])
+            size = tarfile.nti(header[124:136])  # type: ignore[attr-defined]
         except tarfile.HeaderError:
             size = -1
         content = data[at + 512 : at + 512 + max(0, size)]
@@ -1118,23 +1117,19 @@ class ShardStream:
     def __init__(self, name: str, block_size: int, file: BinaryIO) -> None:
         self.name, self.block_size, self.file = name, block_size, file
         self.rest = bytearray()  # what was read, but belongs to a sample whose end is not known
-        self.ends: collections.deque[int] = collections.deque()  # of samples that have not passed completely
-        self.size, self.sha256, self.crc32 = 0, hashlib.sha256(), 0  # of what has passed; the last since `start`
-        self.start, self.samples = 0, 0  # of the block that has begun
-        self.last = 0, 0  # the end of the last sample, and the CRC-32 there
-        self.blocks: list[list[int]] = []  # [offset, length, samples, CRC-32]
-
-    def end_sample(self, position: int) -> None:
-        """A sample ends at this position, which has not passed completely: a writer holds back up to 10 KiB."""
-        self.ends.append(position)
+        self.ends: list[int] = []  # positions where samples end that have not passed completely
+        self.size, self.sha256 = 0, hashlib.sha256()  # of all that has passed
+        self.start, self.samples, self.crc32 = 0, 0, 0  # of the block that has begun
+        self.block: list[int] = []  # it, up to its last sample: [offset, length, samples, CRC-32]
+        self.blocks: list[list[int]] = []  # those before
 
     def write(self, data: bytes) -> None:
         if not self.file.closed:  # tarfile writes once more when a shard is given up
             self.file.write(data)
-            self.update(data)
+            self.add(data)
 
     def read(self, length: int) -> bytes:
-        """Bytes that pass later, by take(). ValueError if there are more than 256 MiB of them."""
+        """Bytes that take() adds later. ValueError if there are more than 256 MiB of them."""
         data = self.file.read(length)
         self.rest += data
         if len(self.rest) > 4 * LIMIT:
@@ -1142,36 +1137,32 @@ class ShardStream:
         return data
 
     def take(self, position: int) -> bytes:
-        """What was read up to this position, which passes now."""
+        """Add what was read up to this position."""
         data = bytes(self.rest[: position - self.size])
         del self.rest[: len(data)]
-        self.update(data)
+        self.add(data)
         return data
 
-    def update(self, data: bytes) -> None:
+    def add(self, data: bytes) -> None:
         self.sha256.update(data)
         while self.ends and self.ends[0] <= self.size + len(data):
-            length = self.ends.popleft() - self.size
-            self.size += length
-            self.samples += 1
-            self.last = self.size, zlib.crc32(data[:length], self.crc32)
-            self.crc32, data = self.last[1], data[length:]
+            length = self.ends.pop(0) - self.size
+            self.crc32, data = zlib.crc32(data[:length], self.crc32), data[length:]
+            self.size, self.samples = self.size + length, self.samples + 1
+            self.block = [self.start, self.size - self.start, self.samples, self.crc32]
             if self.samples == self.block_size:
                 self.end_block()
-        self.crc32 = zlib.crc32(data, self.crc32)
-        self.size += len(data)
+        self.crc32, self.size = zlib.crc32(data, self.crc32), self.size + len(data)
 
     def end_block(self) -> None:
-        end, crc32 = self.last
-        if self.samples:
-            self.blocks.append([self.start, end - self.start, self.samples, crc32])
-        self.start, self.samples, self.crc32 = end, 0, 0
+        self.blocks += [self.block] if self.samples else []
+        self.start, self.samples, self.crc32 = self.size, 0, 0
 
-    def finish(self) -> dict[str, Any]:
-        """The shard's entry in the index, once all of it has been read or written."""
+    def entry(self) -> dict[str, Any]:
+        """The shard's entry in the index, at its end."""
         self.take(self.size + len(self.rest))
         self.end_block()
-        counts = {"nsamples": sum(block[2] for block in self.blocks), "filesize": self.size}
+        counts = {"nsamples": sum(samples for _, _, samples, _ in self.blocks), "filesize": self.size}
         return {"url": self.name} | counts | {"sha256": self.sha256.hexdigest(), "blocks": self.blocks}
 
 
@@ -1197,11 +1188,11 @@ def write_shard(plan: Plan, number: int, images: list[Image], folder: Path, skip
         )
         for sample in make_samples(plan, images, invalid):
             writer.write(sample)
-            stream.end_sample(writer.tarstream.tarstream.offset)
+            stream.ends.append(writer.tarstream.tarstream.offset)  # its last bytes have not passed: tarfile keeps some
         if invalid and not skip_invalid:
             raise InvalidImagesError(invalid)
         writer.close()  # without `with`, which would also complete a shard after an exception
-    return stream.finish() | ({"skipped": invalid} if invalid else {})
+        return stream.entry() | ({"skipped": invalid} if invalid else {})
 
 
 # ---------------------------------------------------------------- plan → all shards and the index
@@ -1210,7 +1201,7 @@ OTHER = {"train": "val", "val": "train"}
 RECORDS = ".finished"  # folder in the target, with a file per finished shard
 
 
-def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Iterator[tuple[Any, Future]]:
+def run_jobs(function: Callable, jobs: dict[Any, tuple], workers: int) -> Generator[tuple[Any, Future]]:
     """Call function(*jobs[key]) for each key in `workers` processes; yield (key, future) of those that end."""
     import webdataset  # noqa: F401  # takes seconds: here, so that the workers, which are forked, have it
 
@@ -1291,11 +1282,11 @@ def check_target(plan: Plan, folder: Path) -> None:
     """UserError if the folder holds shards of another conversion."""
     index, shards, problem = folder / INDEX_NAME.format(plan.split), find_shards(folder, plan.split), ""
     if index.exists():
-        then = read_json(index).get("recipe")
+        then, now = read_json(index).get("recipe"), plan.recipe
         problem = f"{index.name} was not written by this program"
         if isinstance(then, dict):
-            differing = [key for key, value in plan.recipe.items() if then.get(key) != value]
-            changes = "; ".join(f"{key} {then.get(key)} then, {plan.recipe[key]} now" for key in differing)
+            differing = [key for key in now if then.get(key) != now[key]]
+            changes = "; ".join(f"{key} {then.get(key)} then, {now[key]} now" for key in differing)
             problem = changes and f"its {plan.split} shards have another recipe ({changes})"
     elif shards:
         problem = f"holds {count(len(shards), f'{plan.split} shard')} without an index"
@@ -1376,18 +1367,7 @@ def convert(plan: Plan, folder: Path, skip_invalid: bool, workers: int) -> None:
     write_index(folder, plan.split, plan.about, [finished[number] for number in numbers])
 
 
-def needed_bytes(plan: Plan, folder: Path, skip_invalid: bool) -> int:
-    """How many more bytes the unfinished shards will take at most; 0 with --resize, where the sizes are not known."""
-    finished, size = finished_shards(plan, folder, skip_invalid), 0
-    for number, images in enumerate(plan.shards):
-        if number not in finished and not plan.recipe["resize"]:
-            size += sum(image.size + 2048 for image in images)  # two headers, a label, padding
-            with contextlib.suppress(FileNotFoundError):
-                size -= (folder / SHARD_NAME.format(plan.split, number)).stat().st_size
-    return size
-
-
-def convert_all(args: argparse.Namespace) -> None:
+def convert_all(args: argparse.Namespace, splits: list[str]) -> None:
     """Convert the splits. What can be refused is refused before the first shard is written."""
     folder, root = Path(args.shards), find_tree(args.imagenet)
     hint = find_hint(args.shards)
@@ -1402,12 +1382,18 @@ def convert_all(args: argparse.Namespace) -> None:
     if args.resize:  # encoders differ in bytes
         libjpeg = PIL.features.version("libjpeg_turbo") or PIL.features.version("jpg")
         recipe["resize"] = [args.resize, args.quality, f"Pillow {PIL.__version__}, libjpeg {libjpeg}"]
-    plans = [make_plan(root, split, recipe, args.val_labels) for split in args.splits.split(",")]
+    plans = [make_plan(root, split, recipe, args.val_labels) for split in splits]
     (folder / RECORDS).mkdir(parents=True, exist_ok=True)
     for plan in plans:
         if not args.overwrite:
             check_target(plan, folder)
-    needed, free = sum(needed_bytes(plan, folder, args.skip_bad) for plan in plans), shutil.disk_usage(folder).free
+    needed, free = 0, shutil.disk_usage(folder).free
+    for plan in [] if args.resize else plans:  # it makes images smaller, by how much is not known
+        finished = {} if args.overwrite else finished_shards(plan, folder, args.skip_bad)
+        for number in {*range(len(plan.shards))} - {*finished}:
+            needed += sum(image.size + 2048 for image in plan.shards[number])  # two headers, a label, padding
+            with contextlib.suppress(FileNotFoundError):  # what will be replaced
+                needed -= (folder / SHARD_NAME.format(plan.split, number)).stat().st_size
     if needed > free:
         raise UserError(f"--shards={folder}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
     for plan in plans:
@@ -1491,9 +1477,9 @@ def read_shard(
         try:
             if file.peek(2)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):  # gzip, bzip2, xz, zstd
                 raise ValueError("compressed; unpack it to a plain tar file")
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
                 for key, sample, end in read_samples(tar):
-                    stream.end_sample(end)
+                    stream.ends.append(end)
                     check_members(stream.take(end))
                     keys.append(key)
                     try:
@@ -1509,7 +1495,7 @@ def read_shard(
             raise
         except Exception as error:  # tarfile raises many kinds
             problems.append(reason(error))
-    return stream.finish(), keys, highest, problems
+    return stream.entry(), keys, highest, problems
 
 
 def read_shards(
@@ -1549,18 +1535,19 @@ def read_shards(
     return [entries[name] for name in names], highest
 
 
-def verify(args: argparse.Namespace, split: str) -> None:
-    """Compare every byte of a split's shards with the index. UserError if anything differs."""
-    index = read_index(args.shards, split, args.retry_for, args.timeout, args.index and str(args.index))
-    url = printable_file(str(args.index or args.shards), INDEX_NAME.format(split))
-    planned = (index.recipe or {}).get("shards", len(index.shards))
-    if len(index.shards) != planned:
-        raise UserError(f"{url}: lists {count(len(index.shards), 'shard')}, but {planned} were made")
-    if index.recipe and index.classes != sorted(index.classes):
-        raise UserError(f"{url}: the classes are not in the order of the labels, which is sorted")
-    block_size = max(block.samples for block in index.blocks)
-    read_shards(index.prefix, [entry["url"] for entry in index.shards], block_size, len(index.classes), args, index)
-    print(f"# {url}: {summarize(index.shards)}: all as the index says")
+def verify(args: argparse.Namespace, splits: list[str]) -> None:
+    """Compare every byte of the shards with the index. UserError if anything differs."""
+    for split in splits:
+        index = read_index(args.shards, split, args.retry_for, args.timeout, args.index and str(args.index))
+        url = printable_file(str(args.index or args.shards), INDEX_NAME.format(split))
+        planned = (index.recipe or {}).get("shards", len(index.shards))
+        if len(index.shards) != planned:
+            raise UserError(f"{url}: lists {count(len(index.shards), 'shard')}, but {planned} were made")
+        if index.recipe and index.classes != sorted(index.classes):
+            raise UserError(f"{url}: the classes are not in the order of the labels, which is sorted")
+        names, block_size = [shard["url"] for shard in index.shards], max(block.samples for block in index.blocks)
+        read_shards(index.prefix, names, block_size, len(index.classes), args, index)
+        print(f"# {url}: {summarize(index.shards)}: all as the index says")
 
 
 def find_names(args: argparse.Namespace, split: str) -> list[str]:
@@ -1601,30 +1588,36 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
     return lines, None
 
 
-def has_numbers(index: dict[str, Any]) -> bool:
-    """Whether the classes of an index are only the numbers that index_only() sets when it knows no names."""
+def guessed(index: dict[str, Any]) -> bool:
+    """Whether the classes of an index are only numbers, as index_only() sets them."""
     return index.get("classes") == [str(number) for number in range(len(index.get("classes") or []))]
 
 
-def index_only(args: argparse.Namespace, split: str) -> None:
-    """Make an index of shards that exist, of this script or of another program, and write it into a folder."""
-    folder, names = args.index or Path(args.shards), find_names(args, split)
-    ours, other = (read_json(folder / INDEX_NAME.format(name)) for name in (split, OTHER[split]))
-    if ours.get("__kind__") == UNFINISHED:
-        raise UserError(f"{folder}: the conversion is not finished; rerun its command, or name another --index")
-    source = retry(partial(probe, args.shards, names[0], args.timeout), args.retry_for, final=FINAL_AT_FIRST)
-    known = next((index for index in (ours, other) if index.get("classes") and not has_numbers(index)), {})
-    classes, class_names = known.get("classes"), known.get("class_names")
-    if args.classes:
-        classes, class_names = read_classes(args.classes)
-    entries, highest = read_shards(source, names, args.block_size, len(classes) if classes else MAX_CLASSES, args)
-    least = len(other.get("classes") or [])  # both splits have the same
-    classes = classes or [str(label) for label in range(max(highest + 1, least))]
-    about = {"classes": classes, "class_names": class_names or find_class_names(None, classes), "recipe": None}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_index(folder, split, about, entries)
-    if least < len(classes) and has_numbers(other):
-        write_index(folder, OTHER[split], about, other["shardlist"])
+def index_only(args: argparse.Namespace, splits: list[str]) -> None:
+    """Make indexes of shards that exist, of this script or of another program, and write them into a folder.
+
+    Without --classes, the classes of an index that is there already are kept, or as many numbers as there are labels in
+    both splits.
+    """
+    folder = args.index or Path(args.shards)
+    for split in splits:
+        names = find_names(args, split)
+        ours, other = (read_json(folder / INDEX_NAME.format(name)) for name in (split, OTHER[split]))
+        if ours.get("__kind__") == UNFINISHED:
+            raise UserError(f"{folder}: the conversion is not finished; rerun its command, or name another --index")
+        source = retry(partial(probe, args.shards, names[0], args.timeout), args.retry_for, final=FINAL_AT_FIRST)
+        known = next((index for index in (ours, other) if index.get("classes") and not guessed(index)), {})
+        classes, class_names = known.get("classes"), known.get("class_names")
+        if args.classes:
+            classes, class_names = read_classes(args.classes)
+        entries, highest = read_shards(source, names, args.block_size, len(classes or range(MAX_CLASSES)), args)
+        least = len(other.get("classes") or [])
+        classes = classes or [str(label) for label in range(max(highest + 1, least))]
+        about = {"classes": classes, "class_names": class_names or find_class_names(None, classes), "recipe": None}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_index(folder, split, about, entries)
+        if least < len(classes) and guessed(other):
+            write_index(folder, OTHER[split], about, other["shardlist"])
 
 
 # ---------------------------------------------------------------- command line of both scripts
@@ -1706,8 +1699,8 @@ class Parser(argparse.ArgumentParser):
 # ---------------------------------------------------------------- command line
 
 
-def make_parser() -> Parser:
-    """The flags."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags' values; exits with status 2 if they are not valid."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     whole = bounded(int, 1)
     parser = Parser(
@@ -1744,26 +1737,12 @@ def make_parser() -> Parser:
     add("--retry-for", metavar="S", type=bounded(float, 0), default=300, help="seconds to repeat a failed read")
     add("--timeout", metavar="S", type=bounded(float, 0.1), default=60,
         help="seconds without a byte after which a read fails")
-    return parser
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags' values; exits with status 2 if they are not valid."""
-    parser = make_parser()
     args = parser.parse_args(argv)
     if args.imagenet and (args.decode or args.index or args.names or args.classes):
         parser.error("argument --imagenet: not allowed with --decode, --index, --names or --classes")
     if args.names and (args.verify or "," in args.splits):
         parser.error("argument --names: needs --index-only, and --splits=train or --splits=val")
     return args
-
-
-def run(args: argparse.Namespace) -> None:
-    """Convert, verify or index the splits."""
-    if args.imagenet:
-        return convert_all(args)
-    for split in args.splits.split(","):
-        verify(args, split) if args.verify else index_only(args, split)
 
 
 def explain(error: Exception) -> str | None:
@@ -1777,7 +1756,8 @@ def explain(error: Exception) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit status: 0, or 1 after an error."""
     args = parse_args(argv)
-    return run_script(partial(run, args), explain)
+    work = convert_all if args.imagenet else verify if args.verify else index_only
+    return run_script(partial(work, args, args.splits.split(",")), explain)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def test_blocks_are_found_again_where_they_were_written(lengths, block_size):
     writer = wds.ShardWriter("%d", opener=lambda name: stream, mtime=0, verbose=0)
     for sample in samples:
         writer.write(sample)
-        stream.end_sample(writer.tarstream.tarstream.offset)
+        stream.ends.append(writer.tarstream.tarstream.offset)
     writer.close()
-    entry = stream.finish()
+    entry = stream.entry()
     with wds.TarWriter(oracle, mtime=0) as tar:
         ends = [tar.write(sample) and tar.tarstream.offset for sample in samples]
     assert written.getvalue() == oracle.getvalue()
@@ -77,11 +77,11 @@ def test_blocks_are_found_again_where_they_were_written(lengths, block_size):
     for end in ends:  # known only after the next header has been read
         while read.file.tell() < end + 512:
             read.read(10240)
-        read.end_sample(end)
+        read.ends.append(end)
         read.take(end)
     while read.read(10240):
         pass
-    assert entry == read.finish() and sum(samples for _, _, samples, _ in entry["blocks"]) == len(lengths)
+    assert entry == read.entry() and sum(samples for _, _, samples, _ in entry["blocks"]) == len(lengths)
 
 
 def test_full_scale_index_is_small():

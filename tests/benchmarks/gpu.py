@@ -331,19 +331,9 @@ def loading(run: Run) -> None:
             if trainer.global_step == trainer.max_steps:
                 found[:] = memory(os.getpid()), memory(multiprocessing.active_children()[0].pid)
 
-    def niced(step: int) -> float:
-        """Training with loader processes of another niceness than the script's."""
-        own = run.script.start_worker
-        run.script.start_worker = lambda worker: (own(worker), os.nice(step))
-        try:
-            return run.ours(module, one_batch=False)
-        finally:
-            run.script.start_worker = own
-
     ways = {f"loader, {n} workers": lambda n=n: run.limit.timed_load(replace(config, workers=n), 5 + 2 * n, run.steps)
             for n in (config.workers, max(1, config.workers // 2))}
     ways["together"] = lambda: run.ours(module, one_batch=False, callbacks=(Memory(),))
-    ways["together, loader processes nicer by 10"] = lambda: niced(10)
     run.interleave(ways, rounds=3)
     run.share("together, of the slower one (goal: ≥ 97 %)", "together", "ours", f"loader, {config.workers} workers")
     for name, text in zip(("main process", "a loader process"), found):

@@ -307,14 +307,6 @@ def test_verify_of_a_stalled_command_times_out(shards, capsys):
 # ---------------------------------------------------------------- input that can't be used
 
 
-def test_a_percent_sign_for_a_folder_is_refused_at_once(tree, tmp_path, capsys, monkeypatch):
-    """Fault 8."""
-    monkeypatch.chdir(tmp_path)
-    assert convert(tree, "./data/%s") == 1
-    assert "--shards=./data/%s: not a folder; pack into a folder, then copy" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
     """A folder that everybody may write to, and a process to which permissions apply."""
@@ -350,14 +342,6 @@ def test_an_unreadable_image_is_named(unprivileged, capsys):
     assert convert(unprivileged / "tree", unprivileged / "out", "--splits=train") == 1
     error = capsys.readouterr().err
     assert f"{unprivileged}/tree/train/a/2.jpg: Permission denied" in error and error.count("\n") == 1
-
-
-def test_a_tilde_is_expanded_everywhere(tree, tmp_path, monkeypatch):
-    """Fault 11."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert convert(tree, "~/data", "--maxcount=70") == 0
-    assert script.main(["--verify", "--shards=~/data"]) == 0
-    assert script.main(["--index-only", "--shards=~/data"]) == 0
 
 
 def test_a_class_name_that_is_not_utf8_is_refused(tmp_path, capsys):

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import struct
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import convert
-from faults import fault_server
+from faults import cut, fault_server
 from PIL import Image
 from sharding import everything, samples
 
@@ -169,15 +168,16 @@ def test_a_wrong_prefix_is_one_line_without_secrets(refused, monkeypatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("prefix", ["s3:/bucket", "s3://bucket/x", "localhost:8000/x", "pipe:cat > %s", "x/{0..9}.tar"])
+@pytest.mark.parametrize("prefix", [
+    "s3:/bucket", "s3://bucket/x", "localhost:8000/x", "pipe:cat > %s", "x/{0..9}.tar", "./data/%s",
+])  # fmt: skip
 def test_nothing_is_packed_into_a_folder_that_was_not_meant(refused, tree, monkeypatch, tmp_path, prefix):
     monkeypatch.chdir(tmp_path)
     assert "not a folder; " in refused(f"--imagenet={tree}", f"--shards={prefix}")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_page_of_another_alphabet(before, refused, capsys):
-    """A folder whose name must be quoted in a URL."""
+def test_a_folder_whose_name_must_be_quoted_in_a_url(before, refused):
     (before / "shards").rename(before / "dätä x")
     with fault_server(before) as server:
         server.folder = before / "dätä x"
@@ -528,9 +528,7 @@ def test_verify_over_http_with_and_without_ranges(before, capsys):
     """Of a server that breaks off once; one that ignores ranges is read by a command, a shard once."""
     for ranges in (True, False):
         with fault_server(before / "shards", ranges) as server:
-            from faults import cut
-
             server.faults = {"imagenet-val-000001.tar": [cut(lambda data: 5000)] if ranges else []}
             assert script.main(["--verify", f"--shards={server.url}", "--splits=val", "--workers=1"]) == 0
             assert server.requests.count("imagenet-val-000001.tar") == (2 if ranges else 1)
-    assert re.search(r"imagenet_shards.py|pytest", sys.argv[0]) and "ignores ranges" in capsys.readouterr().err
+    assert "the server ignores ranges; files are read from their beginning" in capsys.readouterr().err

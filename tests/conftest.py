@@ -22,10 +22,7 @@ from standin import make_tree  # noqa: E402
 
 import imagenet_shards  # noqa: E402
 
-# Of the tree in which a label names an image. Odd numbers, so that nothing divides evenly.
-TRAIN_IMAGES = VAL_IMAGES = 47
-
-
+TRAIN_IMAGES = VAL_IMAGES = 47  # of the tree in which a label names an image; nothing divides this evenly
 # What a machine may lack, and the Debian package that has it.
 TOOLS = {"nginx": "nginx-light", "envsubst": "gettext-base", "ip": "iproute2", "pgrep": "procps"}
 
@@ -62,13 +59,8 @@ def program(request, monkeypatch) -> None:
     """Messages begin with the script's name, which is pytest's where a test calls main() in this process."""
     packing = request.module.__name__.startswith("test_shards")
     monkeypatch.setattr(sys, "argv", ["imagenet_shards.py" if packing else "imagenet_train.py"])
-
-
-@pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch) -> None:
-    """curves.png takes longer to draw than an epoch takes here; test_train_pictures.py and new processes draw it."""
     script = sys.modules.get("imagenet_train")
-    if script and request.module.__name__ != "test_train_pictures":
+    if script and request.module.__name__ != "test_train_pictures":  # curves.png takes longer than an epoch here
         monkeypatch.setattr(script, "draw_curves", lambda *args: None)
 
 

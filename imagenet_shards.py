@@ -187,6 +187,17 @@ def end_with_parent(_: int = 0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def create_locked(path: Path) -> BinaryIO:
+    """A new file, with a lock that ends with this process."""
+    while True:
+        file = open(path, "xb", buffering=1 << 20)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # or another process has removed it before it was locked
+            return file
+        file.close()
+
+
 @contextlib.contextmanager
 def open_writer(path: Path) -> Iterator[BinaryIO]:
     """A stream to write a file, which gets its name when the block ends without an exception: complete and on disk.
@@ -195,9 +206,7 @@ def open_writer(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")  # no two processes or machines share one
     try:
-        with open(temporary, "xb", buffering=1 << 20) as file:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with create_locked(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
@@ -1638,18 +1647,18 @@ def bounded(kind: type, low: float, high: float = math.inf) -> Callable[[str], A
     return parse
 
 
-def prefix(text: str) -> str:
+def prefix_arg(text: str) -> str:
     """An argparse type: a folder, a URL or pipe:COMMAND. A leading ~ is expanded."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the value is empty; is a variable not set?")
     return os.path.expanduser(text)
 
 
-def folder(text: str) -> Path:
+def path_arg(text: str) -> Path:
     """An argparse type: the path of a folder or file on this machine. A leading ~ is expanded."""
     if re.match(r"[A-Za-z0-9+.-]{2,}:/|pipe:", text):  # a URL, even with a slash too few
         raise argparse.ArgumentTypeError(f"{printable(text)} is not a path on this machine")
-    return Path(prefix(text))
+    return Path(prefix_arg(text))
 
 
 class Once(argparse.Action):
@@ -1708,11 +1717,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "Each finished shard is a line: # writing NAME SAMPLES SIZE BEFORE, the number of samples before it.",
     )
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--imagenet", metavar="DIR", type=folder, help="convert the folder that holds train/ and val/")
+    add("--imagenet", metavar="DIR", type=path_arg, help="convert the folder that holds train/ and val/")
     add("--verify", action="store_true", help="read finished shards and compare every byte with the index")
     add("--index-only", action="store_true", help="make an index of shards that another program wrote")
     add = parser.add_argument
-    add("--shards", metavar="PREFIX", type=prefix, default="./data",
+    add("--shards", metavar="PREFIX", type=prefix_arg, default="./data",
         help="folder of shards and index; to read also http(s)://, gs://, s3://, or pipe:COMMAND that prints a file, "
         "where %%s becomes the file's name")
     add("--splits", metavar="NAMES", default="train,val", choices=["train", "val", "train,val"],
@@ -1725,15 +1734,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--maxcount", metavar="N", type=whole, default=100000, help="… or this many samples")
     add("--resize", metavar="PX", type=whole, help="shrink images to a shorter side of PX pixels, encoded as JPEG")
     add("--quality", metavar="Q", type=bounded(int, 1, 95), default=90, help="of these JPEGs, 1 to 95")
-    add("--val-labels", metavar="FILE", type=folder,
+    add("--val-labels", metavar="FILE", type=path_arg,
         help="LOC_val_solution.csv or meta.bin for a flat val/ (default: the one beside or above the tree)")
     add("--skip-bad", action="store_true", help="leave out, and list, images that are not a valid JPEG or PNG")
     add("--overwrite", action="store_true", help="write all shards anew, also over those of another tree or arguments")
     add = parser.add_argument_group("with --verify and --index-only").add_argument
     add("--decode", action="store_true", help="decode every image")
-    add("--index", metavar="DIR", type=folder, help="folder of the index, if it is not with the shards")
+    add("--index", metavar="DIR", type=path_arg, help="folder of the index, if it is not with the shards")
     add("--names", help="with --index-only: shards of one split, for example 'imagenet1k-train-{0000..1023}.tar'")
-    add("--classes", metavar="FILE", type=folder, help="with --index-only: the classes in label order, one a line")
+    add("--classes", metavar="FILE", type=path_arg, help="with --index-only: the classes in label order, one a line")
     add("--retry-for", metavar="S", type=bounded(float, 0), default=300, help="seconds to repeat a failed read")
     add("--timeout", metavar="S", type=bounded(float, 0.1), default=60,
         help="seconds without a byte after which a read fails")

@@ -66,7 +66,7 @@ def resume_hint() -> str:
     if any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         return ""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--output", type=shards.folder, default="./output")
+    parser.add_argument("--output", type=shards.path_arg, default="./output")
     newest = newest_checkpoint(parser.parse_known_args()[0].output)
     return f"--resume continues from {newest}" if newest else "there is no checkpoint yet"
 
@@ -158,6 +158,7 @@ class LoaderConfig:
     retry_for: float = 300  # seconds for which a failing read is repeated
     timeout: float = 60  # seconds without a byte after which a read fails
     cache: Path | None = None  # folder for blocks that were read
+    epochs: float = math.inf  # of the run: blocks of later ones are not read in advance
     max_bad: int = 0  # undecodable images a rank and epoch that are not an error
     pin: bool = False  # batches are copied into pinned memory, for a CUDA device
 
@@ -470,7 +471,7 @@ def pad(batches: Iterable[list], steps: int, config: LoaderConfig) -> Iterator[l
 
 
 class EpochDataset(IterableDataset):
-    """One rank's batches, from within an epoch on without end. Each loader process makes its share."""
+    """One rank's batches, from within an epoch to the end of the run. Each loader process makes its share."""
 
     def __init__(self, config: LoaderConfig, epoch: int, history: list[Division], cache_full: Event) -> None:
         self.config, self.epoch, self.history, self.cache_full = config, epoch, history, cache_full
@@ -482,6 +483,8 @@ class EpochDataset(IterableDataset):
         # the epoch, modulo workers, comes from process 0.
         turn = history[-1].done
         for epoch in itertools.count(self.epoch) if config.training else [0]:
+            if epoch >= config.epochs:
+                return
             worker = ((info.id if info else 0) + turn) % max(1, config.workers)
             try:
                 yield from make_pipeline(config, epoch, history, worker, collate, self.cache_full)
@@ -1117,9 +1120,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where the images are and how they are loaded."""
     positive, whole, pixels = shards.bounded(int, 1), shards.bounded(int, 0), shards.bounded(int, 16, 4096)
     add = parser.add_argument_group("data").add_argument
-    add("--shards", "--base", metavar="PREFIX", type=shards.prefix, default="./data",
+    add("--shards", "--base", metavar="PREFIX", type=shards.prefix_arg, default="./data",
         help="a folder, http(s)://… or pipe:COMMAND; file names are appended to it, or replace %%s in it")
-    add("--index", metavar="PREFIX", type=shards.prefix, help="prefix of the index, if it is not beside the shards")
+    add("--index", metavar="PREFIX", type=shards.prefix_arg, help="prefix of the index, if it is not beside the shards")
     add("--batch-size", metavar="N", type=positive, default=256, help="images per device and step")
     add("--workers", metavar="N", type=whole, help="loader processes per rank (default: its share of the cores)")
     add("--train-size", metavar="PX", type=pixels, default=224, help="side of a training crop, pixels")
@@ -1128,7 +1131,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="shorter side before the validation crop, pixels")
     add("--shuffle", metavar="N", type=whole, default=4000,
         help="samples by which the shuffle may delay a sample; a worker holds half as many on average, 110 KB each")
-    add("--cache", metavar="DIR", type=shards.folder,
+    add("--cache", metavar="DIR", type=shards.path_arg,
         help="folder on a local disk for the blocks that are read (default: none)")
     add("--retry-for", metavar="S", type=shards.bounded(float, 0), default=300,
         help="seconds for which a failing read is repeated, with exponential back-off")
@@ -1138,7 +1141,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="undecodable training images per rank and epoch that are reported and left out; more are an error")
     add("--seed", metavar="N", type=shards.bounded(int, 0, 2**32 - 1), default=0,
         help="determines initial weights, order, crops and flips")
-    add("--preview", metavar="FILE.png", type=shards.folder,
+    add("--preview", metavar="FILE.png", type=shards.path_arg,
         help="draw the first training batch, each image beside what the model sees, and exit")
 
 
@@ -1153,7 +1156,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and recipe").add_argument
     models = torchvision.models.list_models(module=torchvision.models)
     add("--model", metavar="NAME", choices=models, default="resnet50", help="any classification model of torchvision")
-    add("--weights", metavar="NAME|FILE", type=shards.prefix,
+    add("--weights", metavar="NAME|FILE", type=shards.prefix_arg,
         help="start from torchvision's weights, such as IMAGENET1K_V1 or DEFAULT, or from a file with a state dict or "
         "checkpoint; the last layer is new if the number of classes differs")
     add("--evaluate", action="store_true",
@@ -1181,11 +1184,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--log-every", metavar="N", type=positive, default=50, help="steps between two entries of the log")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="DIR", type=shards.folder, default="./output",
+    add("--output", metavar="DIR", type=shards.path_arg, default="./output",
         help="each run writes its results to DIR/version_N")
     add("--checkpoint-every", metavar="N", type=whole, default=1000,
         help="steps between checkpoints, beside those after each validation; 0: none")
-    add("--resume", metavar="PATH", nargs="?", const=True, type=shards.folder,
+    add("--resume", metavar="PATH", nargs="?", const=True, type=shards.path_arg,
         help="continue from a checkpoint or version folder; without PATH from the newest last.ckpt in --output, if any")
 
 
@@ -1332,9 +1335,10 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError, NotImplementedError) as error:
         raise UserError(f"{flags} --precision={precision}: {str(error).splitlines()[0]}") from None
     for name, advice in (("WORLD_SIZE", "the launcher's"), ("SLURM_NTASKS", "srun's --ntasks")):
-        started = int(os.environ.get(name, trainer.world_size))
-        if started != trainer.world_size and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-            raise UserError(f"{flags}: {count(trainer.world_size, 'rank')}, but {advice} number of processes is "
+        ranks = trainer.num_devices * trainer.num_nodes  # under Slurm trainer.world_size is SLURM_NTASKS
+        started = int(os.environ.get(name, ranks))
+        if started != ranks and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+            raise UserError(f"{flags}: {count(ranks, 'rank')}, but {advice} number of processes is "
                             f"{started} ({name}); make them equal")
     return trainer
 
@@ -1354,8 +1358,8 @@ def make_config(args: argparse.Namespace, index: Index, training: bool, trainer:
     return LoaderConfig(
         index, training, args.batch_size, args.train_size if training else args.val_size, args.val_resize,
         shuffle=args.shuffle if training else 0, seed=args.seed, world=world, workers=workers,
-        retry_for=args.retry_for, timeout=args.timeout, cache=args.cache, max_bad=args.max_bad if training else 0,
-        pin=trainer.strategy.root_device.type == "cuda",
+        retry_for=args.retry_for, timeout=args.timeout, cache=args.cache, epochs=args.max_epochs,
+        max_bad=args.max_bad if training else 0, pin=trainer.strategy.root_device.type == "cuda",
     )
 
 

@@ -1754,7 +1754,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def explain(error: Exception) -> str | None:
+def explain_memory(error: Exception) -> str | None:
     """The message for a lack of memory, which also is why the system kills a process."""
     if isinstance(error, (BrokenProcessPool, MemoryError)):
         problem = "a worker process was killed" if isinstance(error, BrokenProcessPool) else "too little memory"
@@ -1766,7 +1766,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit status: 0, or 1 after an error."""
     args = parse_args(argv)
     work = convert_all if args.imagenet else verify if args.verify else index_only
-    return run_script(partial(work, args, args.splits.split(",")), explain)
+    return run_script(partial(work, args, args.splits.split(",")), explain_memory)
 
 
 if __name__ == "__main__":

@@ -651,7 +651,7 @@ class ImageNetData(pl.LightningDataModule):
         return self.loader
 
     def val_dataloader(self) -> Loader:
-        return Loader(replace(self.val, rank=self.trainer.global_rank), self.loader and self.loader.cache_full)
+        return Loader(replace(self.val, rank=self.trainer.global_rank), self.loader.cache_full if self.loader else None)
 
     def state_dict(self) -> dict:
         return self.loader.state_dict()
@@ -1435,7 +1435,7 @@ def run_training(args: argparse.Namespace) -> None:
     export(folder, args)
 
 
-def run(argv: list[str] | None) -> None:
+def train_or_evaluate(argv: list[str] | None) -> None:
     """Do what the flags say."""
     args = parse_args(argv)
     for name in ("pytorch_lightning", "lightning_fabric"):  # their tips; warnings still come through
@@ -1450,7 +1450,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit status: 0, or 1 after an error."""
-    return shards.run_script(partial(run, argv), explain_failure)
+    return shards.run_script(partial(train_or_evaluate, argv), explain_failure)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 import faults
 import places
 import pytest
-from faults import descendants, ended
+from faults import ended, killed
 from reading import NAME, at, expected, found, read_shard
 from runs import in_terminal
 
@@ -338,6 +337,14 @@ def test_a_command_that_may_not_be_killed_is_left(monkeypatch):
     source.close()
 
 
+def test_a_command_is_ended_at_once_if_its_reader_was_closed_before():
+    """As by the end of the run, while a thread is about to read the next block."""
+    source = open_source("pipe:sleep 30; echo ", 60)
+    source.close()
+    with pytest.raises(UserError, match="exit status -9"):
+        source.read("x")
+
+
 def test_a_slow_reader_is_not_a_stalled_command(blocks):
     got = []
     for sample in read_shard(index_at(blocks, f"pipe:cat {blocks}/"), timeout=1):
@@ -361,19 +368,11 @@ def test_of_a_commands_messages_the_end_is_kept(blocks):
     assert in_terminal(80, work) == (13, "")
 
 
-def test_a_killed_main_process_leaves_no_command_behind(blocks, tmp_path):
+def test_a_killed_main_process_leaves_no_command_behind(blocks):
     """Killed while it reads the index, by a command that stalls."""
 
-    def work() -> int:
-        threading.Timer(0.5, kill).start()
-        return read_index(f"pipe:(sleep 1000) | cat {blocks}/%s -", "train", timeout=100)
-
-    def kill() -> None:
-        (tmp_path / "pids").write_text(" ".join(map(str, descendants(os.getpid()))))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_terminal(80, work)[0] == -signal.SIGKILL
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    prefix = f"pipe:(sleep 1000) | cat {blocks}/%s -"
+    pids = killed(1, lambda: read_index(prefix, "train", timeout=100))
     assert len(pids) >= 3 and ended(pids)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import http.server
+import multiprocessing
 import os
 import re
 import socket
@@ -209,6 +210,17 @@ def ended(pids: list[int]) -> bool:
     while any(map(runs, pids)) and time.monotonic() < give_up:
         time.sleep(0.02)
     return not any(map(runs, pids))
+
+
+def killed(seconds: float, work: Callable[[], object]) -> list[int]:
+    """Let a process do this work, kill it then. Returns its descendants of that moment."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    time.sleep(seconds)
+    started = descendants(process.pid)
+    process.kill()
+    process.join()
+    return started
 
 
 @st.composite

@@ -108,13 +108,6 @@ def test_http_s_permanent_errors_are_not_retried(server, status, text):
     assert len(server.requests) == 1
 
 
-def test_a_length_that_is_too_large_does_no_harm(blocks, server):
-    """All wanted bytes come before the connection ends."""
-    index = index_at(server, "curl")
-    server.faults[NAME] = [faults.wrong_length(1000)] * 9
-    assert found(read_shard(index)) == expected(blocks)
-
-
 # ---------------------------------------------------------------- commands
 
 COMMANDS = {

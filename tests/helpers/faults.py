@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves a folder, and ranges of its files. server.faults: file name → faults, one for each request."""
 
     def do_GET(self) -> None:
-        name = self.path.partition("?")[0].strip("/")
+        name = urllib.parse.urlsplit(self.path).path.strip("/")  # of a proxy's requests too
         path = self.server.folder / name
         data = self.file = path.read_bytes() if path.is_file() else None
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.server.ranges else None
@@ -34,6 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.range = f"bytes {first}-{match[2]}/{len(data)}"
             data = data[first : int(match[2]) + 1]
         self.server.requests.append(name)
+        self.server.passwords.append(self.headers.get("Authorization"))
         faults = self.server.faults.get(name)
         fault = faults.pop(0) if faults else serve
         fault(self, data)
@@ -58,13 +60,14 @@ def serve(handler: Handler, data: bytes | None) -> None:
     handler.wfile.write(data)
 
 
-def answer(status: int, text: str) -> Fault:
+def answer(status: int, text: str, **headers: str) -> Fault:
     """A page, in nginx's words."""
     page = f"<html>\r\n<head><title>{status} {text}</title></head>\r\n<body>\r\n<h1>{status} {text}</h1>\r\n</body>\r\n"
 
     def fault(handler: Handler, data: bytes) -> None:
         handler.send_response(status)
-        handler.send_header("Content-Length", str(len(page)))
+        for name, value in (headers | {"Content-Length": len(page)}).items():
+            handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(page.encode())
 
@@ -73,41 +76,17 @@ def answer(status: int, text: str) -> Fault:
 
 def redirect(url: str) -> Fault:
     """To the same name under another URL."""
-
-    def fault(handler: Handler, data: bytes) -> None:
-        handler.send_response(302)
-        handler.send_header("Location", url + handler.path.rpartition("/")[2])
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return fault
+    return lambda handler, data: answer(302, "Found", Location=url + handler.path.rpartition("/")[2])(handler, data)
 
 
-def whole(handler: Handler, data: bytes | None) -> None:
-    """The whole file, whatever range was asked for."""
-    handler.partial = False
-    serve(handler, handler.file)
-
-
-def drip(pause: float) -> Fault:
-    """A byte after each pause."""
-
-    def fault(handler: Handler, data: bytes) -> None:
-        handler.begin(len(data))
-        for n in range(len(data)):
-            handler.wfile.write(data[n : n + 1])
-            if handler.server.ended.wait(pause):
-                break
-
-    return fault
-
-
-def cut(place: Place, tell: bool = True) -> Fault:
+def cut(place: Place, tell: bool = True, then: Callable[[Handler], object] = lambda handler: None) -> Fault:
     """The first bytes, then the connection is closed. tell: the header says how many there would be."""
 
     def fault(handler: Handler, data: bytes) -> None:
         handler.begin(len(data) if tell else None)
         handler.wfile.write(data[: place(data)])
+        handler.wfile.flush()
+        then(handler)
 
     return fault
 
@@ -115,32 +94,26 @@ def cut(place: Place, tell: bool = True) -> Fault:
 def reset(place: Place) -> Fault:
     """The first bytes, then a TCP reset."""
 
-    def fault(handler: Handler, data: bytes) -> None:
-        cut(place)(handler, data)
-        handler.wfile.flush()
+    def hang_up(handler: Handler) -> None:
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.connection.close()
 
-    return fault
+    return cut(place, then=hang_up)
 
 
 def stall(place: Place, seconds: float = 20) -> Fault:
     """The first bytes, then nothing."""
+    return cut(place, then=lambda handler: handler.server.ended.wait(seconds))
+
+
+def drip(pause: float) -> Fault:
+    """A byte after each pause."""
 
     def fault(handler: Handler, data: bytes) -> None:
-        cut(place)(handler, data)
-        handler.wfile.flush()
-        handler.server.ended.wait(seconds)
-
-    return fault
-
-
-def wrong_length(by: int) -> Fault:
-    """All bytes, under a Content-Length that says `by` more."""
-
-    def fault(handler: Handler, data: bytes) -> None:
-        handler.begin(len(data) + by)
-        handler.wfile.write(data)
+        handler.begin(len(data))
+        while data and not handler.server.ended.wait(pause):
+            handler.wfile.write(data[:1])
+            data = data[1:]
 
     return fault
 
@@ -150,17 +123,10 @@ def other_bytes(change: Callable[[bytes], bytes]) -> Fault:
     return lambda handler, data: serve(handler, change(data))
 
 
-def down(seconds: float) -> Fault:
-    """From the first request on, every connection is reset for this long: use it as one fault of many."""
-    begun: list[float] = []
-
-    def fault(handler: Handler, data: bytes) -> None:
-        begun.append(time.monotonic())
-        if time.monotonic() - begun[0] < seconds:
-            return reset(lambda data: 0)(handler, data)
-        return serve(handler, data)
-
-    return fault
+def whole(handler: Handler, data: bytes) -> None:
+    """The whole file, whatever range was asked for."""
+    handler.partial = False
+    serve(handler, handler.file)
 
 
 @contextmanager
@@ -168,8 +134,8 @@ def fault_server(folder: Path, ranges: bool = True, port: int = 0) -> Iterator[h
     """The server, with .url, .faults to set, and .requests made. ranges: False for one that ignores them."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
-        server.folder, server.faults, server.requests, server.ended = folder, {}, [], threading.Event()
-        server.ranges = ranges
+        server.folder, server.faults, server.ranges = folder, {}, ranges
+        server.requests, server.passwords, server.ended = [], [], threading.Event()
         server.handle_error = lambda *args: None  # a reader may hang up
         server.url = f"http://127.0.0.1:{server.server_port}/"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # shutdown() waits for a poll
@@ -198,18 +164,26 @@ def descendants(pid: int) -> list[int]:
     return started + [pid for child in started for pid in descendants(child)]
 
 
+def stat(pid: int) -> list[str]:
+    """State, parent, process group and so on; that of a dead process if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return ["Z", "0", "0"]
+
+
+def group(number: int) -> list[int]:
+    """The processes of a process group."""
+    return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if stat(pid)[2] == str(number)]
+
+
 def ended(pids: list[int]) -> bool:
     """Whether all these processes end within 10 s. Some may only wait to be reaped."""
-
-    def runs(pid: int) -> bool:
-        with suppress(OSError):
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        return False
-
     give_up = time.monotonic() + 10
-    while any(map(runs, pids)) and time.monotonic() < give_up:
+    while running := any(stat(pid)[0] != "Z" for pid in pids):
+        if time.monotonic() > give_up:
+            break
         time.sleep(0.02)
-    return not any(map(runs, pids))
+    return not running
 
 
 def killed(seconds: float, work: Callable[[], object]) -> list[int]:
@@ -223,17 +197,18 @@ def killed(seconds: float, work: Callable[[], object]) -> list[int]:
     return started
 
 
-@st.composite
-def damaged(draw, data: bytes) -> bytes:
-    """These bytes after up to five changes of a kind that disks and networks make."""
-    data = bytearray(data)
-    for _ in range(draw(st.integers(0, 5))):
-        where = draw(st.integers(0, max(0, len(data) - 1)))
-        match draw(st.integers(0, 2)):
-            case 0:
-                data[where : where + 1] = draw(st.binary(min_size=1, max_size=1))
-            case 1:
-                del data[where:]
-            case 2:
-                data[where:where] = draw(st.binary(max_size=600))
-    return bytes(data)
+def damaged(data: bytes) -> st.SearchStrategy[bytes]:
+    """These bytes after up to five changes of a kind that disks and networks make: start, length, new bytes."""
+    at = st.integers(0, len(data))
+    change = st.one_of(
+        st.tuples(at, st.just(1), st.binary(min_size=1, max_size=1)), st.tuples(at, st.just(len(data)), st.just(b"")),
+        st.tuples(at, st.just(0), st.binary(max_size=600)),
+    )  # fmt: skip
+
+    def apply(changes: list[tuple[int, int, bytes]]) -> bytes:
+        changed = data
+        for start, length, new in changes:
+            changed = changed[:start] + new + changed[start + length :]
+        return changed
+
+    return st.lists(change, max_size=5).map(apply)

@@ -17,8 +17,8 @@ import torch
 import torchvision
 import webdataset as wds
 from conftest import convert
+from packed import everything, recipe, samples
 from PIL import Image
-from sharding import everything, recipe, samples
 
 import imagenet_shards as script
 

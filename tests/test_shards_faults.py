@@ -23,8 +23,8 @@ import PIL
 import pytest
 from conftest import convert, forked
 from faults import small_disk
+from packed import everything
 from PIL import Image
-from sharding import everything
 
 import imagenet_shards as script
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 from conftest import convert
 from faults import cut, fault_server
+from packed import everything, samples
 from PIL import Image
-from sharding import everything, samples
 
 import imagenet_shards as script
 

@@ -11,8 +11,8 @@ import torch
 import torchvision
 import webdataset as wds
 from conftest import convert
+from packed import recipe, samples
 from PIL import Image
-from sharding import recipe, samples
 
 import imagenet_shards as script
 

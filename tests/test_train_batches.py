@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import TRAIN_IMAGES, VAL_IMAGES, convert
 from faults import ended, killed, small_shm
+from packed import samples
 from reading import at
 from runs import in_terminal, train
-from sharding import samples
 
 import imagenet_train as script
 from imagenet_shards import UserError, read_index

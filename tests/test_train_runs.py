@@ -13,7 +13,7 @@ import runs
 import torch
 import torchvision
 from conftest import TRAIN_IMAGES, VAL_IMAGES, convert
-from faults import answer, down, fault_server
+from faults import answer, fault_server, reset
 from runs import BATCH, TINY, batches, checkpoint, exit_codes, log, merged, rows, run, start, train
 
 import imagenet_train as script
@@ -102,7 +102,7 @@ def test_two_ranks_are_one_run(unique, tmp_path, launcher):
 def test_two_ranks_outlast_a_server_that_fails_and_end_when_a_shard_is_missing(unique, tmp_path):
     """One rank waits for the shard, the other one for that rank."""
     with fault_server(unique) as server:
-        server.faults["imagenet-train-000002.tar"] = [down(4)] * 1000
+        server.faults["imagenet-train-000002.tar"] = [reset(lambda data: 0)] * 3
         out = run(tmp_path / "down", f"--shards={server.url}", "--max-epochs=1", ranks=2)
         server.faults["imagenet-train-000002.tar"] = [answer(404, "Not Found")] * 1000
         run(tmp_path / "missing", f"--shards={server.url}", "--max-epochs=1", ranks=2, expect=1)

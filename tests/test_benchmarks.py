@@ -24,9 +24,8 @@ SMALL = ["--model=shufflenet_v2_x0_5", "--train-size=32", "--val-size=32", "--va
          "--accelerator=cpu", "--workers=1"]
 RUNS = {
     "loading": (["--tree={tree}", "--images=60", "--rounds=1", "--batch=8",
-                 "--only=project-bytes,project-256-bytes,webdataset-bytes,project-floats,imagefolder-floats"],
-                r"\| project \| bytes \| 2 \| \d+ \|.*\n\| project-256 \| bytes .*\n\| webdataset \| bytes .*\n"
-                r"\| project \| floats \| .* \| 1\.00 \|.*\n\| imagefolder \| floats \| 2 "),
+                 "--only=project-bytes,webdataset-bytes,project-floats"],
+                r"\| project \| bytes \| 2 \| \d+ \|.*\n\| webdataset \| bytes .*\n\| project \| floats \| 2 \| "),
     "sharding": (["--tree={tree}", "--rounds=1", "--workers=1"],
                  r"60 images, .*\n(.* CPU s .* MB\n)*ours, 1 workers .* CPU s .* MB"),
     "accuracy": (["--tree={tree}", "--classes=2", "--epochs=1", "--seeds=2", "--size=32", "--resize=36",

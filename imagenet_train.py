@@ -40,6 +40,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import struct
 import sys
 import time
@@ -51,6 +52,9 @@ from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # until end_on_signals() is known, ^C ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import imagenet_shards as shards
 from imagenet_shards import Index, PermanentError, UserError, count, printable, read_index, reason, warn

@@ -15,7 +15,7 @@ import imagenet_shards
 from imagenet_shards import Index
 from imagenet_train import LoaderConfig, decode, jpeg_frame, random_crop, resize_pixels, shorten_jpeg
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:Image size")]
 
 SIZES = [(500, 375), (333, 500), (224, 224), (97, 1200), (1500, 60), (31, 33), (1, 1), (300, 226)]
 

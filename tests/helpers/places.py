@@ -1,10 +1,4 @@
-"""The places where shards may lie, real ones, each started and stopped here: a web server, buckets, another host.
-
-    with nginx(folder) as url: …                    a real nginx
-    with gcs(root) as env: …                        `gsutil` with os.environ | env reads and writes gs://BUCKET
-    with s3("bucket", folder) as env: …             `aws` with os.environ | env reads and writes s3://bucket
-    with two_hosts() as (one, other): …             [*one.command, "curl", …] runs on a host of its own
-"""
+"""Real servers of shards, each started and stopped here: a web server, buckets, another host."""
 
 import errno
 import functools
@@ -71,22 +65,13 @@ def serving(command: list, ready: Callable[[], bool], folder: Path) -> Iterator[
 # ---------------------------------------------------------------- a web server
 
 CONF = """
-daemon off;
-{user}
-worker_processes 1;
-pid {state}/nginx.pid;
-error_log {state}/error.log;
+daemon off; {user} worker_processes 1; pid {state}/nginx.pid; error_log {state}/error.log;
 events {{}}
 http {{
-  log_format names '$remote_addr $status $uri';
-  access_log {log} names;
+  log_format names '$remote_addr $status $uri'; access_log {log} names;
   client_body_temp_path {state}/a; proxy_temp_path {state}/b; fastcgi_temp_path {state}/c;
   uwsgi_temp_path {state}/d; scgi_temp_path {state}/e;
-  server {{
-    listen {address}:{port};
-    root {folder};
-    {more}
-  }}
+  server {{ listen {address}:{port}; root {folder}; {more} }}
 }}
 """
 
@@ -161,14 +146,10 @@ def s3(bucket: str, folder: Path | None = None) -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="s3-") as state:
         port = free_port()
         env = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-            "PATH": PATH,
-        }
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1", "PATH": PATH,
+            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }  # fmt: skip
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         with serving(command, lambda: listening(port), Path(state)):
             call(env, "aws", "s3", "mb", f"s3://{bucket}")

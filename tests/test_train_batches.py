@@ -179,8 +179,8 @@ KILLED = r"a loader process was killed \(.*\); is memory too small\? Use fewer -
 
 def step(self, batch: list, number: int) -> None:
     """PyTorch raises at any line of the main process when a loader process is killed."""
-    for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGKILL)
+    for process in self.trainer.datamodule.loader.batches._workers:
+        process.kill()
     time.sleep(30)  # in which the signal of the children's end arrives
 
 

@@ -511,9 +511,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """The index of a split. A sample's number is its position in the order of the blocks, which is that of the shards.
+    """The index of a split.
 
-    With `tree`, a tree of image files in the same form, each file a shard and a block of one sample.
+    A sample's number is its position in the order of the blocks, which is that of the shards.
     """
 
     prefix: str  # of the shards
@@ -522,7 +522,6 @@ class Index:
     blocks: list[Block]
     class_names: list[str] | None = None  # human-readable
     recipe: dict[str, Any] | None = None  # of imagenet_shards.py; None: another program wrote the shards
-    tree: bool = False  # each shard is an image file, whose url is its path below the prefix, WNID/KEY.JPEG
 
     @cached_property
     def starts(self) -> np.ndarray:

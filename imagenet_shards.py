@@ -101,6 +101,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s")
 
 
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+
+
 def format_bytes(size: float) -> str:
     """A size in powers of ten."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
@@ -199,22 +204,25 @@ def create_locked(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def open_writer(path: Path) -> Iterator[BinaryIO]:
+def open_writer(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A stream to write a file, which gets its name when the block ends without an exception: complete and on disk.
 
-    Until then it has a temporary name, and a lock which ends with the process.
+    Until then it has a temporary name, and a lock which ends with the process. sync=False: it need not survive a power
+    cut, because it is checked when it is read.
     """
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")  # no two processes or machines share one
     try:
         with create_locked(temporary) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
+            if sync:
+                os.fsync(file.fileno())  # or a power cut could leave the renamed file without its bytes
             os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some network file systems can't sync a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # or a power cut could undo the rename
-            os.close(folder)
+            if sync:
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)  # or a power cut could undo the rename
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -262,6 +270,13 @@ def printable_file(prefix: str, name: str) -> str:
 def is_local(prefix: str) -> bool:
     """Whether a prefix is a folder."""
     return not (URL.match(prefix) or prefix.startswith("pipe:") or "%s" in prefix)
+
+
+def check_rate(begun: float, received: int, timeout: float) -> None:
+    """UserError if so many bytes since `begun`, a time.monotonic(), are too few."""
+    seconds = time.monotonic() - begun
+    if seconds > timeout + received / MIN_RATE:
+        raise UserError(f"only {received} bytes in {seconds:.0f} s")
 
 
 class Folder:
@@ -345,8 +360,7 @@ class Command:
                 break
             parts.append(data[max(0, offset - self.position) :])  # what precedes is discarded
             self.position += len(data)
-            if time.monotonic() - begun > self.timeout + (self.position - first) / MIN_RATE:
-                raise UserError(f"only {self.position - first} bytes in {time.monotonic() - begun:.0f} s")
+            check_rate(begun, self.position - first, self.timeout)
         return b"".join(parts)
 
     def finish(self, offset: int, length: int) -> bytes:
@@ -429,8 +443,7 @@ class Web:
                 while received < length and (data := response.read1(min(length - received, 1 << 20))):
                     parts.append(data)
                     received += len(data)
-                    if time.monotonic() - begun > self.timeout + received / MIN_RATE:
-                        raise UserError(f"only {received} bytes in {time.monotonic() - begun:.0f} s")
+                    check_rate(begun, received, self.timeout)
                 if response.length and received < length:
                     raise UserError(f"found {received} of {received + response.length} bytes")
                 return b"".join(parts)
@@ -507,6 +520,10 @@ class Block(NamedTuple):
     length: int  # bytes
     samples: int
     crc32: int
+
+    def holds(self, data: bytes) -> bool:
+        """Whether these are the block's bytes."""
+        return len(data) == self.length and zlib.crc32(data) == self.crc32
 
 
 @dataclass(frozen=True)
@@ -662,7 +679,7 @@ def fetch(source: Source, index: Index, block: Block) -> bytes:
     with naming(f"{place}, from {printable(locate(source.prefix, name))}"):
         for _ in range(2 if isinstance(source, Folder) else 1):  # a disk may be wrong once, a copy is wrong every time
             data = source.read(name, block.offset, block.length)
-            if len(data) == block.length and zlib.crc32(data) == block.crc32:
+            if block.holds(data):
                 return data
         problem = f"CRC-32 is {zlib.crc32(data):08x}, the index lists {block.crc32:08x}; found {describe(data)}"
         if len(data) < block.length:
@@ -684,7 +701,7 @@ def fetch_cached(read: Callable[[], bytes], cache: Path, index: Index, block: Bl
     path = cache / f"{index.shards[block.shard]['sha256'][:16]}-{block.offset}-{block.length}"
     with contextlib.suppress(OSError):
         data = path.read_bytes() if path.is_file() else b""
-        if len(data) == block.length and zlib.crc32(data) == block.crc32:
+        if block.holds(data):
             return data
     data = read()
     if not cache_full.is_set() and (path.is_file() or not path.exists()):
@@ -692,7 +709,7 @@ def fetch_cached(read: Callable[[], bytes], cache: Path, index: Index, block: Bl
             disk = shutil.disk_usage(cache)
             if disk.free - len(data) < min(RESERVE, disk.total // 10):
                 raise OSError(errno.ENOSPC, "the disk is nearly full")
-            with open_writer(path) as file:
+            with open_writer(path, sync=False) as file:
                 file.write(data)
         except OSError as error:
             if not cache_full.is_set():
@@ -1709,7 +1726,6 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags' values; exits with status 2 if they are not valid."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     whole = bounded(int, 1)
     parser = Parser(
         "Pack ImageNet's image files into WebDataset shards and an index; verify or index shards.",
@@ -1725,7 +1741,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "where %%s becomes the file's name")
     add("--splits", metavar="NAMES", default="train,val", choices=["train", "val", "train,val"],
         help="train, val or train,val")
-    add("--workers", metavar="N", type=bounded(int, 1, 1024), default=cores, help="processes, with a shard each")
+    add("--workers", metavar="N", type=bounded(int, 1, 1024), default=count_cores(),
+        help="processes, with a shard each")
     add("--block-size", metavar="N", type=bounded(int, 1, MAX_BLOCK), default=64, help="samples in a block")
     add = parser.add_argument_group("with --imagenet").add_argument
     add("--seed", metavar="N", type=int, default=0, help="of the one shuffle of each split")

@@ -1350,8 +1350,7 @@ def make_trainer(args: argparse.Namespace, **changes) -> pl.Trainer:
 def make_config(args: argparse.Namespace, index: Index, training: bool, trainer: pl.Trainer) -> LoaderConfig:
     """How the trainer's ranks load a split. UserError if it has less than a global batch of training images."""
     world = trainer.world_size
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = max(1, cores * trainer.num_nodes // world) if args.workers is None else args.workers
+    workers = max(1, shards.count_cores() * trainer.num_nodes // world) if args.workers is None else args.workers
     if training and index.total < args.batch_size * world:
         raise UserError(f"--batch-size={args.batch_size} × {count(world, 'rank')}: more than the "
                         f"{count(index.total, 'training image')}; give a smaller one")

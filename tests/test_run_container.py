@@ -105,11 +105,6 @@ def test_shards_made_in_the_container_are_those_made_outside_and_belong_to_the_c
     assert owners == {(desk.who["user"], desk.who["group"])}
 
 
-def test_training(packed, desk):
-    assert "validated 30/30 images" in desk.run("imagenet_train.py", *ONE_EPOCH)
-    assert {path.stat().st_uid for path in (desk.folder / "out").rglob("last.ckpt")} == {desk.who["user"]}
-
-
 def test_training_with_the_arguments_and_the_rights_of_train_yml_resumes_after_it_was_stopped(packed, desk):
     """From a web server on this machine, by curl."""
     output, log = desk.folder / "locked", desk.folder / "log"
@@ -133,31 +128,21 @@ def test_training_with_the_arguments_and_the_rights_of_train_yml_resumes_after_i
         assert "validated 30/30 images" in engine(*words)
 
 
-@pytest.fixture(scope="module")
-def tools(desk) -> Iterator[str]:
-    """The image with what reads buckets."""
-    image = f"{IMAGE}-tools"
+def test_training_from_buckets_with_credentials_in_a_file_and_in_variables(packed, desk, tmp_path):
+    image, boto = f"{IMAGE}-tools", desk.folder / ".boto"
     desk.run("build", "--build-arg", "tools=gcsfs s3fs gsutil awscli", image=image)
-    yield image
-    engine("image", "rm", image)
-
-
-def test_training_from_a_bucket_with_credentials_in_a_file(tools, packed, desk, tmp_path):
     shutil.copytree(packed, tmp_path / "bucket")
     with places.gcs(tmp_path) as env:
-        boto = desk.folder / ".boto"
         boto.write_text(re.sub("state_dir.*", "", Path(env["BOTO_CONFIG"]).read_text()))
         os.chown(boto, desk.who["user"], desk.who["group"])
         boto.chmod(0o600)
         command = ["imagenet_train.py", "--shards=pipe:gsutil cat gs://bucket/%s", *ONE_EPOCH]
-        assert "validated 30/30 images" in desk.run(*command, image=tools, output="out gs", credentials=str(boto))
-
-
-def test_training_from_a_bucket_with_credentials_in_variables(tools, packed, desk):
+        assert "validated 30/30 images" in desk.run(*command, image=image, credentials=str(boto))
     with places.s3("bucket", packed) as env:
         names = " ".join(name for name in env if name.startswith("AWS_"))
         command = ["imagenet_train.py", "--shards=s3://bucket/", *ONE_EPOCH]
-        assert "validated 30/30" in desk.run(*command, image=tools, output="out s3", credentials=names, **env)
+        assert "validated 30/30 images" in desk.run(*command, image=image, credentials=names, **env)
+    engine("image", "rm", image)
 
 
 def test_statuses_and_arguments_pass_through(desk):
@@ -175,8 +160,8 @@ def test_only_data_output_and_tmp_can_be_written_and_programs_run_from_tmp(packe
     script = 'for folder in / /app /imagenet /usr /data /output /tmp "$HOME"; do'
     script += ' touch $folder/new 2>/dev/null && echo $folder; done; rm /data/new'
     assert desk.run("shell", "-c", script).split() == ["/data", "/output", "/tmp", "/tmp"]
-    assert desk.run("shell", "-c", "cp /bin/echo /tmp && /tmp/echo yes; df -k /dev/shm").startswith("yes\n")
-    assert " 1048576 " in desk.run("shell", "-c", "df -k /dev/shm")  # KiB
+    out = desk.run("shell", "-c", "cp /bin/echo /tmp && /tmp/echo yes; df -k /dev/shm")
+    assert out.startswith("yes\n") and " 1048576 " in out  # KiB
     assert desk.run("shell", "-c", "cat /imagenet/standin.json")
 
 
@@ -184,9 +169,10 @@ def test_only_data_output_and_tmp_can_be_written_and_programs_run_from_tmp(packe
 def test_a_signal_ends_training(number, status, packed, desk):
     """./run gives no --init: the image has its own process 1."""
     assert desk.run("shell", "-c", "cat /proc/1/comm") == "tini\n"
-    output = f"out-{status}"
-    process = desk.start("imagenet_train.py", *SMALL, "--max-epochs=1000", output=output)
-    wait_until(lambda: [*(desk.folder / output).rglob("last.ckpt")], process)
+    output = desk.folder / f"out-{status}"
+    process = desk.start("imagenet_train.py", *SMALL, "--max-epochs=1000", output=str(output))
+    wait_until(lambda: [*output.rglob("last.ckpt")], process)
+    assert {path.stat().st_uid for path in output.rglob("*")} == {desk.who["user"]}
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == status and "Traceback" not in out, out[-2000:]

@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -69,6 +70,24 @@ def convert(tree: Path, folder: Path, *flags: str) -> int:
     workers = [] if any(flag.startswith("--workers") for flag in flags) else ["--workers=2"]
     with mock.patch.object(sys, "argv", ["imagenet_shards.py"]):
         return imagenet_shards.main([f"--imagenet={tree}", f"--shards={folder}", *workers, *flags])
+
+
+@pytest.fixture
+def refused(capfd) -> Callable[..., str]:
+    """Runs imagenet_shards.py, which must fail: with so many lines on stderr, which are returned, and nothing else."""
+
+    def run(*flags: str, status: int = 1, lines: int = 1) -> str:
+        capfd.readouterr()
+        try:
+            found = imagenet_shards.main(list(flags))
+        except SystemExit as stop:
+            found = stop.code
+        error = capfd.readouterr().err
+        assert (found, error.count("\n")) == (status, lines), error
+        assert all(line.startswith("imagenet_shards.py: ") and line.isprintable() for line in error.splitlines())
+        return error
+
+    return run
 
 
 def forked() -> None:

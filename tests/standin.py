@@ -1,18 +1,13 @@
 """
-Draws a small stand-in for ImageNet: ten classes of textures, in the tree that torchvision expects.
+Draws a small stand-in for ImageNet, in the tree that torchvision expects: python tests/standin.py DIR
 
-In:   the folder to make, and how many images a class.
-Out:  DIR/train/<wnid>/<wnid>_<n>.JPEG
-      DIR/val/<wnid>/ILSVRC2012_val_<8 digits>.JPEG
-      DIR/standin.json, the arguments that made it
-The first five images of each split are the odd ones that real ImageNet holds: a greyscale and a CMYK
-JPEG, a PNG named .JPEG, a JPEG with an EXIF orientation tag, a progressive JPEG.
+Ten classes of textures, in DIR/train/<wnid>/<wnid>_<n>.JPEG and DIR/val/<wnid>/ILSVRC2012_val_<8 digits>.JPEG. The
+first five images of each split are the odd ones that real ImageNet holds: a greyscale and a CMYK JPEG, a PNG named
+.JPEG, a JPEG with an EXIF orientation tag, a progressive JPEG.
 
-Guarantee: the same arguments give the same bytes (with the same Pillow), and DIR is whole or absent.
-
-    python tests/standin.py /tmp/standin --train 100 --val 30
+Guarantee: the same arguments give the same bytes (with the same Pillow). DIR is complete or absent; a complete one, of
+which standin.json holds the arguments, is kept.
 """
-import argparse
 import colorsys
 import json
 import math
@@ -120,18 +115,13 @@ def save(image: Image.Image, path: Path, rng: Random, oddity: str) -> None:
     image.save(path, "PNG") if oddity == "png" else image.save(path, "JPEG", **options)
 
 
-def is_whole(root: Path, recipe: dict[str, int]) -> bool:
-    """Whether root is already the tree of this recipe: standin.json is only ever in a whole tree."""
-    mark = root / "standin.json"
-    return mark.is_file() and json.loads(mark.read_text()) == recipe
-
-
 def make_tree(root: Path, train: int = TRAIN, val: int = VAL, seed: int = 0, classes: int = 10) -> None:
-    """Make root: train and val images in each of the first `classes` classes. A whole root is kept."""
+    """Make root: train and val images in each of the first `classes` classes."""
     recipe = {"train": train, "val": val, "seed": seed, "classes": classes}
     if min(train, val, classes) < 1 or classes > len(WNIDS):
         raise ValueError(f"{recipe} cannot be made; ask for 1 or more images of 1 to {len(WNIDS)} classes")
-    if is_whole(root, recipe):
+    mark = root / "standin.json"
+    if mark.is_file() and json.loads(mark.read_text()) == recipe:
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError("holds something else; name a new folder, or remove this one first")
@@ -152,28 +142,10 @@ def make_tree(root: Path, train: int = TRAIN, val: int = VAL, seed: int = 0, cla
         tree.rename(root)  # also takes the place of an empty folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("dir", metavar="DIR", type=Path, help="the folder to make")
-    for name, default, text in (("train", TRAIN, "training images per class"),
-                                ("val", VAL, "validation images per class"),
-                                ("classes", 10, "number of classes, 1 to 10"),
-                                ("seed", 0, "seed of the drawings, an integer")):
-        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{text} [{default}]")
-    recipe = vars(parser.parse_args())
-    root = recipe.pop("dir")
-    try:
-        if is_whole(root, recipe):
-            print(f"{root}: already whole, left alone", file=sys.stderr)
-        make_tree(root, **recipe)
-        size = sum(path.stat().st_size for path in root.rglob("*.JPEG")) / 1e6
-    except OSError as error:
-        sys.exit(f"standin.py: {root}: {error.strerror}; nothing was made")
-    except ValueError as error:
-        sys.exit(f"standin.py: {root}: {error}")
-    train, val = recipe["classes"] * recipe["train"], recipe["classes"] * recipe["val"]
-    print(f"{root}: {recipe['classes']} classes, {train} train and {val} val images, {size:.1f} MB")
-
-
 if __name__ == "__main__":
-    main()
+    len(sys.argv) == 2 or sys.exit(__doc__)
+    try:
+        make_tree(Path(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"standin.py DIR: {error}")
+    print(f"{sys.argv[1]}: {10 * TRAIN} train and {10 * VAL} val images")

@@ -1,127 +1,109 @@
-"""Training and verifying from where shards really are: nginx, another host, and buckets through gsutil and aws."""
+"""Reading from where shards really are: nginx, buckets, a hub, and the commands that read them, by forked processes."""
 
-import os
+import gc
+import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import faults
+import fsspec
 import places
 import pytest
-from conftest import convert
-from runs import SCRIPT, SMALL, train
+from conftest import VAL_IMAGES
+from reading import labels_of
+from runs import train
 
 import imagenet_shards
+from imagenet_shards import UserError, read_index
 
-PREFIXES = ["pipe:curl -s ", ""]  # before http://…; the first has no -f, so that an error page is its output
-
-
-@pytest.fixture(scope="module")
-def bucket(tree, tmp_path_factory) -> Path:
-    """The tree in a shard a split, for gsutil and aws take a second of CPU to start; under holes/ only the indexes."""
-    folder = tmp_path_factory.mktemp("root") / "bucket"
-    assert convert(tree, folder) == 0
-    (folder / "holes").mkdir()
-    for index in folder.glob("imagenet-*.json"):
-        shutil.copy(index, folder / "holes")
-    return folder
+ALL = list(range(VAL_IMAGES))
+Answers = Callable[[], list[tuple[str, int]]]  # (file, status) of each request so far
 
 
-def verify(prefix: str) -> int:
-    return imagenet_shards.main(["--verify", f"--shards={prefix}", "--workers=2", "--retry-for=0"])
+@contextmanager
+def place(kind: str, folder: Path, monkeypatch) -> Iterator[tuple[str, Answers]]:
+    """A prefix of the files of a folder, which is called bucket, in a place of this kind; and the place's answers."""
+    gc.collect()  # ends loader processes of earlier tests, which run_jobs() would kill
+    for protocol in ("s3", "gs", "hf"):  # file systems of earlier tests, with their ports
+        fsspec.get_filesystem_class(protocol).clear_instance_cache()
+
+    def logged(path: str, pattern: str) -> Answers:
+        return lambda: [(m["name"], int(m["status"])) for m in re.finditer(pattern, Path(path).read_text())]
+
+    if kind in ("nginx", "pipe:curl"):
+        with places.nginx(folder, folder.parent / "log") as url:
+            prefix = url if kind == "nginx" else f"pipe:curl -sSf {url}"
+            yield prefix, logged(f"{folder.parent}/log", r" (?P<status>\d+) /(?P<name>\S+)\n")
+    elif kind == "hf":
+        with faults.fault_server(folder) as server:
+            monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server.url.rstrip("/")})  # as HF_ENDPOINT does
+            yield "hf://datasets/me/data", lambda: server.statuses
+    else:
+        with places.s3("bucket", folder) if kind in ("s3", "pipe:aws") else places.gcs(folder.parent) as env:
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+            prefix = {"s3": "s3://bucket", "gs": "gs://bucket/", "pipe:aws": "pipe:aws s3 cp s3://bucket/%s -",
+                      "pipe:gsutil": "pipe:gsutil -q cat gs://bucket/%s"}  # fmt: skip
+            request = r'GET \S*/(?P<name>[\w.-]+)\??\S* HTTP/1.1\\?" (?P<status>\d+)'
+            yield prefix[kind], logged(env["SERVER_LOG"], request)
 
 
-def one_line(err: str) -> str:
-    """The only line on stderr, as it must be of a run that fails for good: no traceback, no second try."""
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("imagenet_train.py: "), err
-    return lines[0]
+KINDS = ["nginx", "s3", "gs", "hf", "pipe:curl", pytest.param("pipe:aws", marks=pytest.mark.long),
+         pytest.param("pipe:gsutil", marks=pytest.mark.long)]  # fmt: skip
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_from_nginx_with_one_request_a_shard_and_epoch(shards, tmp_path, capsys, prefix):
+@pytest.mark.parametrize("kind", KINDS)
+def test_loader_processes_read_exact_ranges_and_a_missing_file_is_one_line(kind, unique, tmp_path, monkeypatch, capfd):
+    """By two processes, after the main process has read the index; then verified by others."""
+    bucket = shutil.copytree(unique, tmp_path / "bucket")
+    shutil.copy(bucket / "imagenet-val.json", tmp_path)
+    with place(kind, bucket, monkeypatch) as (prefix, answers):
+        index = read_index(prefix, "val")
+        assert labels_of(index) == ALL
+        assert imagenet_shards.main(["--verify", f"--shards={prefix}", "--splits=val", "--workers=2"]) == 0
+        if index.seekable:  # two processes share a block; verify reads the trailers too
+            [(status, number)] = Counter(status for name, status in answers() if name.endswith(".tar")).items()
+            assert status == 206 and number - 2 * len(index.blocks) - len(index.entries) in (0, 1)
+        assert capfd.readouterr().err == ""
+        nowhere = prefix.replace("bucket", "no-bucket")
+        nowhere += "/none/" if kind in ("nginx", "hf", "pipe:curl") else ""
+        with pytest.raises(UserError, match="imagenet-val.json.*: (.*no such file|exit status)"):
+            read_index(nowhere, "val")
+        other = read_index(nowhere, "val", index=str(tmp_path))
+        with pytest.raises(UserError, match="imagenet-val-.*(no such file|exit status)") as error:
+            labels_of(other)
+        assert "\n" not in str(error.value)
+        err = capfd.readouterr().err
+        assert "Traceback" not in err and (not index.seekable or err == "")
+
+
+@pytest.mark.parametrize("prefix", ["pipe:curl -s ", ""])
+def test_training_from_nginx_with_one_request_a_shard_and_epoch(shards, tmp_path, capsys, prefix):
     with places.nginx(shards, tmp_path / "log") as url:
         assert train(prefix + url, tmp_path / "out", "--max-epochs=2", "--workers=1") == 0
-        assert verify(prefix + url) == 0
-    out = capsys.readouterr().out
-    assert out.count("validated 30/30 images") == 2 and out.count("all as the index says") == 2
-    status = 200 if prefix else 206  # a command reads a shard as a whole; here it has one block, so one range
+    assert capsys.readouterr().out.count("validated 30/30 images") == 2
     counts = Counter((tmp_path / "log").read_text().splitlines())
-    names = [path.name for path in shards.glob("*.tar")] + [f"imagenet-{split}.json" for split in ("train", "val")]
-    assert {line.split()[1] for line in counts} == {str(status)}
-    requests = {name: counts[f"127.0.0.1 {status} /{name}"] for name in names}
-    probed = [] if prefix else [f"imagenet-{split}-000000.tar" for split in ("train", "val")]  # for ranges, per program
-    assert requests == {name: (2 if name.endswith("json") else 3) + 2 * (name in probed) for name in names}
+    status = 200 if prefix else 206  # a command reads a shard as a whole; here it has one block, so one range
+    names = {path.name: 2 for path in shards.glob("*.tar")} | {"imagenet-train.json": 1, "imagenet-val.json": 1}
+    assert counts == {f"127.0.0.1 {status} /{name}": number for name, number in names.items()}
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_what_nginx_answers_instead_of_a_shard_is_one_line(shards, tmp_path, capfd, prefix):
-    folder, name, index = shutil.copytree(shards, tmp_path / "data"), "imagenet-train-000003.tar", "imagenet-val.json"
-    login = f"location = /{name} {{ default_type text/html; return 200 '<html><title>Sign in</title></html>'; }}"
-
-    def wrong(url: str) -> str:
-        assert train(prefix + url, tmp_path / "out", "--workers=1", "--retry-for=0") == 1
-        return one_line(capfd.readouterr().err.replace(ignored.format(url), ""))
-
-    ignored = "imagenet_train.py: {}: the server ignores ranges; files are read from their beginning\n"
-    with places.nginx(folder, more=login) as url:
-        line = wrong(url)  # status 200, as of a proxy; it might pass, a 404 does not
-        assert f"{name}, 7 samples at byte 0" in line and "a page that says 'Sign in'" in line and url + name in line
-    (folder / name).unlink()
-    with places.nginx(folder) as url:
-        line = wrong(url)
-        assert f"{name}, 7 samples at byte 0" in line and "404" in line and url + name in line
-        assert verify(prefix + url) == 1
-        problem, summary = capfd.readouterr().err.splitlines()
-        assert f"problem: {name}: " in problem and "1 problem, listed above" in summary
-        (folder / index).unlink()
-        line = wrong(url)
-        assert index in line and ("404" in line) and url in line
-
-
-def test_from_another_host(shards, tmp_path):
-    """The trainer begins with its cable unplugged, says so, and goes on when it is plugged in."""
-    with places.two_hosts() as (one, other), places.nginx(shards, tmp_path / "log", other) as url:
-        cable = [*one.command, "ip", "link", "set", one.interface]
-        subprocess.run([*cable, "down"], check=True)
-        command = [sys.executable, SCRIPT, *SMALL, f"--shards={url}", f"--output={tmp_path}/out"]
-        run = subprocess.Popen(
-            [*one.command, *command, "--max-epochs=1", "--workers=2"], env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        try:
-            said = next((line for line in run.stderr if line.startswith("imagenet_train.py: ")), "")
-            assert url.removeprefix("http://").split(":")[0] in said and "next try in" in said
-            subprocess.run([*cable, "up"], check=True)
-            out, err = run.communicate(timeout=300)
-        finally:
-            run.kill()
-            run.wait()
-    assert run.returncode == 0 and "validated 30/30 images" in out, err
-    assert {line.split()[0] for line in (tmp_path / "log").read_text().splitlines()} == {one.address}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "command, missing",
-    [("gsutil cat gs://bucket/%s", "No URLs matched"), ("aws s3 cp s3://bucket/%s -", "Not Found")],
-    ids=["gsutil", "aws"],
-)
-def test_from_a_bucket(bucket, tmp_path, monkeypatch, capfd, command, missing):
-    """The shards are there; then one is not, then nor is the bucket."""
-    prefix = f"pipe:{command}"
-    holes, nowhere = prefix.replace("%s", "holes/%s"), prefix.replace("bucket/", "no-bucket/")
-    with places.gcs(bucket.parent) if "gsutil" in command else places.s3("bucket", bucket) as env:
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        assert train(prefix, tmp_path / "out", "--workers=1") == 0
-        assert "validated 30/30 images" in capfd.readouterr().out
-        assert train(holes, tmp_path / "holes", "--workers=1", "--retry-for=0") == 1
-        line, place = one_line(capfd.readouterr().err), "//bucket/holes/imagenet-train-000000.tar"
-        assert "imagenet-train-000000.tar, 60 samples at byte 0" in line and place in line and missing in line
-        assert train(nowhere, tmp_path / "nowhere") == 1
-        line = one_line(capfd.readouterr().err)
-        assert "imagenet-train.json" in line and "404" in line and "//no-bucket/" in line
-        assert verify(nowhere) == 1
-        assert "//no-bucket/" in capfd.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("kind", ["nginx", "s3", "gs", "hf", "pipe:curl"])
+def test_shards_without_an_index_are_indexed_where_they_are(kind, unique, tmp_path, monkeypatch, capfd):
+    """Into a folder, from which the index is then read."""
+    bucket, mine = tmp_path / "bucket", tmp_path / "mine"
+    bucket.mkdir()
+    for number, shard in enumerate(sorted(unique.glob("imagenet-val-*.tar"))):
+        shutil.copy(shard, bucket / f"theirs-{number}.tar")
+    with place(kind, bucket, monkeypatch) as (prefix, answers):
+        flags = ["--index-only", f"--index={mine}", "--splits=val", f"--names=theirs-{{0..{number}}}.tar"]
+        assert imagenet_shards.main([f"--shards={prefix}", *flags, "--retry-for=0", "--workers=2"]) == 0
+        index = read_index(prefix, "val", index=str(mine))
+        assert labels_of(index) == ALL and capfd.readouterr().err == ""
+        assert not index.seekable or {status for name, status in answers() if name.endswith(".tar")} <= {206, 416}
+    assert [entry["sha256"] for entry in index.entries] == [
+        entry["sha256"] for entry in read_index(str(unique), "val").entries
+    ]

@@ -6,7 +6,9 @@ import itertools
 import json
 import random
 import shutil
+import subprocess
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -16,8 +18,9 @@ import torchvision
 import webdataset as wds
 import wids
 from conftest import convert
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from packed import write_tar
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import imagenet_shards as script
 
@@ -57,50 +60,23 @@ def test_blocks_tile_the_shard_and_hold_its_samples(tree, tmp_path, block_size):
             check_blocks(tmp_path / entry["url"], entry, block_size)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 3000), max_size=20), st.integers(1, 9))
-def test_blocks_are_found_again_where_they_were_written(lengths, block_size):
-    """A shard's entry is the same when it is written and when it is read; webdataset's writer makes the same file."""
-    samples = [{"__key__": str(key), "jpg": bytes(length), "cls": key} for key, length in enumerate(lengths)]
-    written, oracle = io.BytesIO(), io.BytesIO()
-    stream = script.ShardStream("x.tar", block_size, written)
-    writer = wds.ShardWriter("%d", opener=lambda name: stream, mtime=0, verbose=0)
-    for sample in samples:
-        writer.write(sample)
-        stream.ends.append(writer.tarstream.tarstream.offset)
-    writer.close()
-    entry = stream.entry()
-    with wds.TarWriter(oracle, mtime=0) as tar:
-        ends = [tar.write(sample) and tar.tarstream.offset for sample in samples]
-    assert written.getvalue() == oracle.getvalue()
-    read = script.ShardStream("x.tar", block_size, io.BufferedReader(io.BytesIO(oracle.getvalue())))
-    for end in ends:  # known only after the next header has been read
-        while read.file.tell() < end + 512:
-            read.read(10240)
-        read.ends.append(end)
-        read.take(end)
-    while read.read(10240):
-        pass
-    assert entry == read.entry() and sum(samples for _, _, samples, _ in entry["blocks"]) == len(lengths)
-
-
-def test_full_scale_index_is_small():
+def test_full_scale_index_is_small(tmp_path):
     """1,281,167 samples in 147 shards: below 2 MB."""
     rng = random.Random(0)
-    shards = []
+    entries = []
     for number, samples in enumerate([8716] * 146 + [1_281_167 - 146 * 8716]):
-        sizes = [rng.randint(6_500_000, 8_500_000) // 512 * 512 for _ in range(-(-samples // 64))]
+        counts = [64] * (samples // 64) + [samples % 64] * (samples % 64 > 0)
+        sizes = [rng.randint(6_500_000, 8_500_000) // 512 * 512 for _ in counts]
         offsets = [0, *itertools.accumulate(sizes)]
-        blocks = [[o, n, 64, rng.getrandbits(32)] for o, n in zip(offsets, sizes)]
-        shards.append({
+        entries.append({
             "url": f"imagenet-train-{number:06d}.tar", "nsamples": samples, "filesize": offsets[-1] + 10240,
-            "sha256": f"{rng.getrandbits(256):064x}", "skipped": [], "blocks": blocks,
-        })
-    classes = [f"n{number:08d}" for number in range(1000)]
-    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": "imagenet-train", "shardlist": shards,
-               "classes": classes, "class_names": ["great white shark, white shark"] * 1000, "recipe": {}}
-    text = script.format_index(content)
-    assert json.loads(text) == content
+            "sha256": f"{rng.getrandbits(256):064x}",
+            "blocks": [[o, n, c, rng.getrandbits(32)] for o, n, c in zip(offsets, sizes, counts)],
+        })  # fmt: skip
+    names = [f"n{number:08d}, great white shark" for number in range(1000)]
+    script.write_index(tmp_path, "train", {"classes": names, "class_names": names, "recipe": {}}, entries)
+    text = (tmp_path / "imagenet-train.json").read_text()
+    assert json.loads(text)["shardlist"] == entries
     assert len(text) < 2e6 and max(map(len, text.splitlines())) < 1e5
 
 
@@ -191,94 +167,161 @@ def test_an_index_of_shards_that_webdataset_wrote(tree, tmp_path, order, where, 
     assert found == set(expected)
 
 
-def test_an_index_of_the_previous_version_gets_blocks(shards, tmp_path, capsys):
-    folder = shutil.copytree(shards, tmp_path / "data")
+def test_index_only_finds_the_blocks_that_were_written(blocks, tmp_path, refused):
+    """Of shards with an index of the first version, which has no blocks."""
+    folder = shutil.copytree(blocks, tmp_path / "data")
     shutil.rmtree(folder / ".finished")
-    path = folder / "imagenet-train.json"
-    index = json.loads(path.read_text())
-    recipe = {"seed": 0, "maxsize": 1000000000, "maxcount": 7, "images": 60, "tree": "x", "resize": None}
-    entries = [{key: value for key, value in entry.items() if key != "blocks"} for entry in index["shardlist"]]
-    old = index | {"recipe": recipe, "shardlist": [entry | {"skipped": []} for entry in entries]}
-    path.write_text(json.dumps(old, indent=1))
-    assert script.main(["--verify", f"--shards={folder}", "--splits=train"]) == 1
-    error = capsys.readouterr().err
-    assert "blocks" in error and "--index-only" in error and error.count("\n") == 1
-    assert script.main(["--index-only", f"--shards={folder}", "--splits=train"]) == 0
-    assert json.loads(path.read_text()) == index | {"recipe": None}
-    assert script.main(["--verify", f"--shards={folder}", "--splits=train"]) == 0
+    path, flags = folder / "imagenet-train.json", [f"--shards={folder}", "--splits=train"]
+    text = path.read_text()
+    path.write_text(text.replace("blocks", "other"))
+    assert "imagenet-train.json: expected an index" in refused("--verify", *flags)
+    assert script.main(["--index-only", *flags, "--block-size=3"]) == 0
+    assert json.loads(path.read_text()) == json.loads(text) | {"recipe": None, "classes": list("0123456789")}
+    assert script.main(["--verify", *flags]) == 0
 
 
-def test_classes_from_a_file(tree, tmp_path):
-    write_others(tree, tmp_path / "theirs", "x-%d.tar", 100)
-    run = ["--index-only", "--splits=train", f"--shards={tmp_path}/theirs", "--names=x-0.tar"]
-    run += [f"--classes={tmp_path}/names"]
-    names = [f"great class {number}" for number in range(10)]
-    for lines, classes, class_names in (
-        (names, names, None),
-        ([f"n0000000{n} {name}" for n, name in enumerate(names)], [f"n0000000{n}" for n in range(10)], names),
-    ):
-        (tmp_path / "names").write_text("\n".join(lines) + "\n")
-        assert script.main(run) == 0
-        index = json.loads((tmp_path / "theirs" / "imagenet-train.json").read_text())
-        assert (index["classes"], index["class_names"]) == (classes, class_names)
+# ---------------------------------------------------------------- labels, classes, names
 
-
-OTHERS = {
-    "No such file": lambda folder: (folder / "x-1.tar").unlink(),
-    "1 of 3 train shards missing (first x-1.tar)": lambda folder: (folder / "x-1.tar").unlink(),
-    "is it truncated or damaged?": lambda folder: cut_at_a_sample(folder / "x-1.tar"),
-    "unexpected end of data": lambda folder: (folder / "x-1.tar").write_bytes((folder / "x-1.tar").read_bytes()[:9000]),
-    "label b'9' is not a number below 9": lambda folder: (folder / "names").write_text("class\n" * 9),
-    "expected cls and one of jpg, jpeg, png": lambda folder: drop(folder / "x-1.tar", ".cls"),
-    "also in x-1.tar": lambda folder: double(folder / "x-1.tar"),
+NAMES = [f"great class {number}" for number in range(10)]
+WNIDS = [f"n0000000{number}" for number in range(10)]
+CLASSES = {  # the file's bytes → classes and their names
+    "\n".join(NAMES): (NAMES, None),
+    "\n".join(map(" ".join, zip(WNIDS, NAMES))) + "\n": (WNIDS, NAMES),
+    "\ufeff" + "\r\n".join(map(" ".join, zip(WNIDS, NAMES))) + "\r\n\r\n": (WNIDS, NAMES),
+    "\ufeff\r\n" + " \r\n".join(NAMES) + "\n\n": (NAMES, None),
 }
 
 
-def cut_at_a_sample(shard: Path) -> None:
-    """A valid tar without its last sample and trailer."""
-    with tarfile.open(shard) as tar:
-        end = tar.getmembers()[-3].offset
-    shard.write_bytes(shard.read_bytes()[:end])
+@pytest.mark.parametrize("text", CLASSES)
+def test_classes_from_a_file(tree, tmp_path, text):
+    """As editors write it: a byte-order mark, CRLF, blank lines."""
+    write_others(tree, tmp_path / "theirs", "x-%d.tar", 100)
+    (tmp_path / "names").write_bytes(text.encode())
+    flags = ["--splits=train", f"--shards={tmp_path}/theirs", "--names=x-0.tar", f"--classes={tmp_path}/names"]
+    assert script.main(["--index-only", *flags]) == 0
+    index = json.loads((tmp_path / "theirs" / "imagenet-train.json").read_text())
+    assert (index["classes"], index["class_names"]) == CLASSES[text]
 
 
-def drop(shard: Path, suffix: str) -> None:
-    members = [(name, data) for name, data in tar_members(shard.read_bytes()) if not name.endswith(suffix)]
-    write_tar(shard, members)
-
-
-def double(shard: Path) -> None:
-    members = tar_members(shard.read_bytes())
-    write_tar(shard, [*members, *members[:3]])
-
-
-def write_tar(shard: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(shard, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-@pytest.mark.parametrize("expected", OTHERS)
-def test_index_only_refuses(tree, tmp_path, capsys, expected):
-    folder = tmp_path / "theirs"
-    write_others(tree, folder, "x-%d.tar", 25)
-    OTHERS[expected](folder)
-    prefix = f"pipe:cat {folder}/" if expected == "No such file" else folder
-    flags = ["--splits=train", "--names=x-{0..2}.tar", f"--index={tmp_path}", "--retry-for=0"]
-    flags += [f"--classes={folder}/names"] if (folder / "names").exists() else []
-    assert script.main(["--index-only", f"--shards={prefix}", *flags]) == 1
+@pytest.mark.parametrize("labels, missing", [((1, 2, 3), "1 class, '0' …"), ((0, 1, 4), "2 classes, '2' …")])
+def test_classes_without_images_are_a_warning(tmp_path, image, capsys, labels, missing):
+    write_tar(tmp_path / "imagenet-train-000000.tar", labelled(image, *labels))
+    assert script.main(["--index-only", f"--shards={tmp_path}", "--splits=train"]) == 0
     error = capsys.readouterr().err
-    assert expected in error and "Traceback" not in error
+    assert f"{tmp_path}: no images of {missing}" in error and error.count("\n") == 1
+
+
+def test_names_may_be_repeated(tmp_path, image):
+    """As a shell makes them of unquoted braces."""
+    for number in range(3):
+        write_tar(tmp_path / f"x-{number}.tar", labelled(image, number))
+    flags = ["--index-only", f"--shards={tmp_path}", "--splits=train"]
+    assert script.main([*flags, "--names=x-0.tar", "--names=x-{2..1}.tar"]) == 0
+    index = json.loads((tmp_path / "imagenet-train.json").read_text())
+    assert [entry["url"] for entry in index["shardlist"]] == ["x-0.tar", "x-2.tar", "x-1.tar"]
+
+
+# ---------------------------------------------------------------- archives
+
+
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 36), "red").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def labelled(image: bytes, *labels: int) -> list[tuple[str, bytes]]:
+    return [pair for n, label in enumerate(labels) for pair in ((f"k{n}.cls", b"%d" % label), (f"k{n}.jpg", image))]
+
+
+def test_members_without_a_key_are_no_part_of_a_sample(tmp_path, image):
+    """macOS's tar adds them. They stand where they stand: the blocks are those of all bytes."""
+    samples, other = labelled(image, 0, 1, 2, 3), ("._k.jpg", b"\0\5\x16\7")
+    members = [member for pair in zip(samples, [other, ("x/README", b"x")] * 4) for member in pair]
+    write_tar(tmp_path / "imagenet-train-000000.tar", [other, *members])
+    assert script.main(["--index-only", f"--shards={tmp_path}", "--splits=train", "--block-size=3"]) == 0
+    index = script.read_index(str(tmp_path), "train")
+    opened = script.open_blocks(({"url": "x", "block": n} for n in range(2)), index, 0, 60)
+    found = [(s["__key__"], s["cls"], s["jpg"]) for s in group_by_keys(tar_file_expander(opened))]
+    assert found == [(f"k{n}", b"%d" % n, image) for n in range(4)]
+    assert [block.samples for block in index.blocks] == [3, 1]
+
+
+def sized(size: int) -> bytes:
+    """A tar of one member that claims this size."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    return bytes(header) + bytes(2048)
+
+
+def archive(members: list[tuple[str, bytes]], mode: str = "w") -> bytes:
+    with tempfile.NamedTemporaryFile() as file:
+        write_tar(Path(file.name), members, mode)
+        return file.read()
+
+
+def cut(image: bytes, more: int) -> bytes:
+    """A tar that ends so many bytes after its first sample."""
+    data = archive(labelled(image, 0, 1))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return data[: tar.getmembers()[2].offset + more]
+
+
+def sparse(image: bytes) -> bytes:
+    """A tar of a sample whose image claims 3 GB."""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/a.jpg", "wb") as file:
+            file.truncate(3 << 30)
+        Path(f"{folder}/a.cls").write_text("0")
+        return subprocess.check_output(["tar", "--sparse", "-C", folder, "-c", "a.cls", "a.jpg"])
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1000000000\n"
+ARCHIVES = {  # what the message says → the shard's bytes
+    "k: cls, jpg; expected": lambda image: archive([("k.cls", b"0"), ("k.jpg", image), ("k.cls", b"1")]),
+    "a: jpg, cls; expected": lambda image: archive([("a.jpg", image), ("a.JPG", image), ("a.cls", b"0")]),
+    "a: jpg; expected cls": lambda image: archive([("a.jpg", image)]),
+    "a: cls, jpg, png; expected": lambda image: archive([("a.cls", b"0"), ("a.jpg", image), ("a.png", image)]),
+    r"\x1b[31mred: cls; expected": lambda image: archive([("\x1b[31mred.cls", b"0")]),
+    "labels from 0 to 65536; 0 to 65535": lambda image: archive(labelled(image, 0, 65_536)),
+    "labels from -1 to": lambda image: archive(labelled(image, -1)),
+    "b'tench'": lambda image: archive([("a.cls", b"tench"), ("a.jpg", image)]),
+    "begins with b'a.jpg": lambda image: sized(-1),
+    "a: cls; expected": sparse,
+    r"it begins with b'\x1f\x8b": lambda image: archive(labelled(image, 0), "w:gz"),
+    "it begins with b'<html>a page": lambda image: b"<html>a page</html>" * 100,
+    "it begins with b'version https://git-lfs.github.com": lambda image: LFS,
+    "it begins with b''": lambda image: b"",
+    "no end of a tar file after 1 sample; is it truncated": lambda image: cut(image, 0),
+    "unexpected end of data": lambda image: cut(image, 1600),
+    "not written, because it would be not an index of shards: no samples": lambda image: archive([]),
+}
+
+
+@pytest.mark.parametrize("expected", ARCHIVES)
+def test_an_archive_that_cannot_be_trained_from_is_refused(tmp_path, image, refused, expected):
+    (tmp_path / "imagenet-train-000000.tar").write_bytes(ARCHIVES[expected](image))
+    error = refused("--index-only", f"--shards={tmp_path}", "--splits=train")
+    assert expected in error and f"{tmp_path}/imagenet-train" in error
     assert not (tmp_path / "imagenet-train.json").exists()
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--names=a/b.tar", "--splits=train"], "'a/b.tar' is not a file name that ends in .tar"),
-    (["--shards=http://localhost/", "--splits=train"], "--index-only needs --names and --index"),
+    (["--names=x-{0..1}.tar"], "x-1.tar: No such file"),
+    (["--names={x-0,x-0}.tar"], "a shard twice"),
+    (["--names=x-0.tar", "--classes={0}/classes"], "--classes={0}/classes: 9 classes, but a label is 9"),
+    (["--names=x-0.tar", "--classes={0}/empty"], "--classes={0}/empty: 0 classes, but a label is 9"),
+    (["--names=x-0.tar", "--classes={0}/nowhere"], "{0}/nowhere: No such file"),
+    ([], "--shards={0}: no train shards to index; give their file names with --names"),
+    (["--shards=http://localhost/", "--names=x-0.tar"], "for shards at a URL a folder with --index"),
+    (["--shards=pipe:exit 3; true ", "--names=x-0.tar", "--index={0}", "--retry-for=0"], "exit status 3 after 0 bytes"),
 ])  # fmt: skip
-def test_index_only_needs(tmp_path, capsys, flags, expected):
-    flags = flags if any("--shards" in flag for flag in flags) else [*flags, f"--shards={tmp_path}"]
-    assert script.main(["--index-only", *flags]) == 1
-    error = capsys.readouterr().err
-    assert expected in error and error.count("\n") == 1
+def test_index_only_refuses(tmp_path, image, refused, flags, expected):
+    write_tar(tmp_path / "x-0.tar", labelled(image, 9))
+    (tmp_path / "classes").write_text("class\n" * 9)
+    (tmp_path / "empty").touch()
+    flags = [f"--shards={tmp_path}", *(flag.replace("{0}", str(tmp_path)) for flag in flags)]
+    assert expected.replace("{0}", str(tmp_path)) in refused("--index-only", "--splits=train", *flags)
+    assert not (tmp_path / "imagenet-train.json").exists()

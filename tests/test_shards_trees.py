@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import random
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torchvision
 import webdataset as wds
 from conftest import convert
@@ -20,7 +22,11 @@ import imagenet_shards as script
 def make_images(root: Path, *paths: str) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.frombytes("RGB", (20, 20), random.Random(path).randbytes(1200)).save(root / path, "JPEG")
+        Image.frombytes("RGB", (20, 20), random.Random(os.fsencode(path)).randbytes(1200)).save(root / path, "JPEG")
+
+
+def index_of(folder: Path, split: str = "train") -> dict:
+    return json.loads((folder / f"imagenet-{split}.json").read_text())
 
 
 # ---------------------------------------------------------------- other data sets
@@ -28,16 +34,18 @@ def make_images(root: Path, *paths: str) -> None:
 UNUSUAL = [
     "train/cat/photo (1).jpg", "train/cat/photo (2).jpg", "train/cat/photo_(1).jpg", "train/cat/1.jpg",
     "train/big dog/1.jpg", "train/big dog/photo [1].JPG", "train/big dog/sub folder/1.jpeg", "train/big dog/a.b.c.jpg",
-    "train/ünïcode/1.jpg", "train/ünïcode/Käse.jpg", "train/x-1/1.jpg", "train/x/1-1.jpg",
-    "train/x/" + "long" * 50 + "1.jpg", "train/x/" + "long" * 50 + "2.jpg",
+    "train/ünïcode/1.jpg", "train/ünïcode/Käse.jpg", "train/x-1/1.jpg", "train/x/1-1.jpg", "train/\x1b[31mred/\t1.jpg",
+    "train/x/" + "long" * 50 + "1.jpg", "train/x/" + "long" * 50 + "2.jpg", "train/not UTF-8 \udcff/\udcfe.jpg",
 ]  # fmt: skip
 
 
 def test_any_tree_that_imagefolder_reads(tmp_path):
-    """Class folders of any name, equal file names in different classes, spaces, brackets, dots, links, long names."""
+    """Any names of folders, equal names of files in two classes, links, other files; the keys are safe for a tar."""
     make_images(tmp_path, *UNUSUAL)
     make_images(tmp_path / "elsewhere", "1.jpg")
     (tmp_path / "train/x/linked.jpg").symlink_to(tmp_path / "elsewhere/1.jpg")
+    os.mkfifo(tmp_path / "train/x/fifo")
+    (tmp_path / "train/x/.DS_Store").write_bytes(b"x")
     assert convert(tmp_path, tmp_path / "out", "--splits=train", "--maxcount=4") == 0
     oracle = torchvision.datasets.ImageFolder(tmp_path / "train")
     found = samples(tmp_path / "out", "train")
@@ -47,7 +55,7 @@ def test_any_tree_that_imagefolder_reads(tmp_path):
     keys = [key for key, _, _ in found]
     assert len(set(keys)) == len(keys) == len(UNUSUAL) + 1 and all(map(script.KEY.fullmatch, keys))
     assert {"cat-photo__1_", "big_dog-photo__1_", "x-linked"} <= set(keys)
-    assert json.loads((tmp_path / "out/imagenet-train.json").read_text())["classes"] == oracle.classes
+    assert index_of(tmp_path / "out")["classes"] == oracle.classes
     shards = sorted(map(str, (tmp_path / "out").glob("*.tar")))
     assert [sample["__key__"] for sample in wds.WebDataset(shards, shardshuffle=False)] == keys
 
@@ -56,14 +64,10 @@ def test_keys_do_not_depend_on_where_the_tree_is(tmp_path):
     make_images(tmp_path / "one", *UNUSUAL)
     shutil.copytree(tmp_path / "one", tmp_path / "another/place")
     plans = [script.make_plan(root, "train", recipe()) for root in (tmp_path / "one", tmp_path / "another/place")]
-    assert plans[0].shards == plans[1].shards
+    assert plans[0].contents == plans[1].contents
 
 
-def test_imagenets_own_keys_stay_as_they_are(tree, shards):
-    assert {key for key, _, _ in samples(shards, "train")} == {path.stem for path in (tree / "train").rglob("*.JPEG")}
-
-
-# ---------------------------------------------------------------- flat validation images
+# ---------------------------------------------------------------- Kaggle's
 
 
 def flatten(root: Path) -> dict[str, str]:
@@ -71,9 +75,8 @@ def flatten(root: Path) -> dict[str, str]:
     wnids = {path.name: path.parent.name for path in (root / "val").rglob("*.JPEG")}
     for path in list((root / "val").rglob("*.JPEG")):
         path.rename(root / "val" / path.name)
-    for folder in list((root / "val").iterdir()):
-        if folder.is_dir():
-            folder.rmdir()
+    for folder in [path for path in (root / "val").iterdir() if path.is_dir()]:
+        folder.rmdir()
     return wnids
 
 
@@ -86,59 +89,52 @@ def write_solution(path: Path, wnids: dict[str, str]) -> None:
             writer.writerow([Path(name).stem, f"{wnid} 85 1 499 272 {wnid} 1 2 3 4 "])
 
 
-def write_meta(root: Path, wnids: dict[str, str]) -> None:
-    """As torchvision has it: the wnids of the validation images in the order of the file names."""
-    names = {wnid: (wnid,) for wnid in sorted(set(wnids.values()))}
-    torch.save((names, [wnids[name] for name in sorted(wnids)]), root / "meta.bin")
-
-
-@pytest.mark.parametrize(
-    "labels", ["solution beside", "solution above", "solution named", "meta.bin", "meta.bin named"]
-)
-@pytest.mark.parametrize("train", [True, False])
-def test_a_flat_val_gets_torchvisions_labels(copy, shards, tmp_path, labels, train):  # noqa: F811
-    root = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
+@pytest.mark.parametrize("labels", ["beside", "above", "named"])
+@pytest.mark.parametrize("named", ["", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
+def test_a_flat_val_gets_torchvisions_labels(copy, shards, tmp_path, labels, named):
+    """Whichever folder is named, and with and without train/."""
+    kaggle = tmp_path / "kaggle"
+    root = kaggle / "ILSVRC/Data/CLS-LOC"
     root.parent.mkdir(parents=True)
     copy.rename(root)
     wnids = flatten(root)
-    flags = ["--splits=val", "--maxcount=7"]
-    if labels.startswith("solution"):
-        places = {"beside": root, "above": tmp_path / "kaggle", "named": tmp_path}
-        path = places[labels.split()[1]] / "LOC_val_solution.csv"
-        write_solution(path, wnids)
-        flags += [f"--val-labels={path}"] if "named" in labels else []
-    else:
-        write_meta(root, wnids)
-        flags += [f"--val-labels={root}/meta.bin"] if "named" in labels else []
-    if not train:
-        shutil.rmtree(root / "train")
-    assert convert(root, tmp_path / "out", *flags) == 0
-    assert sorted(samples(tmp_path / "out", "val")) == sorted(samples(shards, "val"))  # of the tree with class folders
-    index = json.loads((tmp_path / "out/imagenet-val.json").read_text())
-    assert index["classes"] == sorted(set(wnids.values()))
+    path = {"beside": root, "above": kaggle, "named": tmp_path}[labels] / "LOC_val_solution.csv"
+    write_solution(path, wnids)
+    classes = sorted(set(wnids.values()))
+    (kaggle / "LOC_synset_mapping.txt").write_text("".join(f"{w} name of, {w}\n" for w in ["n00000001", *classes]))
+    flags = ["--splits=val", "--maxcount=7"] + [f"--val-labels={path}"] * (labels == "named")
+    for folder in ("out", "without train"):
+        assert convert(kaggle / named, tmp_path / folder, *flags) == 0
+        assert sorted(samples(tmp_path / folder, "val")) == sorted(samples(shards, "val"))  # with class folders
+        index = index_of(tmp_path / folder, "val")
+        assert (index["classes"], index["class_names"]) == (classes, [f"name of, {wnid}" for wnid in classes])
+        shutil.rmtree(root / "train", ignore_errors=True)
 
 
-def test_kaggles_class_names(copy, tmp_path):  # noqa: F811
-    wnids = sorted(path.name for path in (copy / "train").iterdir())
-    lines = [f"{wnid} name of, {wnid}\n" for wnid in ["n00000001", *wnids]]
-    (tmp_path / "LOC_synset_mapping.txt").write_text("".join(lines))
-    assert convert(copy, tmp_path / "out") == 0
-    for split in ("train", "val"):
-        index = json.loads((tmp_path / f"out/imagenet-{split}.json").read_text())
-        assert index["class_names"] == [f"name of, {wnid}" for wnid in wnids]
+# ---------------------------------------------------------------- splits that differ, warnings
 
 
-def test_the_train_split_works_whatever_val_is(copy, tmp_path):  # noqa: F811
-    flatten(copy)
-    assert convert(copy, tmp_path / "flat", "--splits=train", "--maxcount=70") == 0
-    shutil.rmtree(copy / "val")
-    (copy / "val" / "another class").mkdir(parents=True)
-    assert convert(copy, tmp_path / "other", "--splits=train", "--maxcount=70") == 0
-    shutil.rmtree(copy / "val")
-    assert convert(copy, tmp_path / "none", "--splits=train", "--maxcount=70") == 0
+@pytest.mark.parametrize("change", [flatten, lambda root: shutil.rmtree(root / "val"),
+                                    lambda root: (root / "val/another class").mkdir()])  # fmt: skip
+def test_the_train_split_works_whatever_val_is(copy, shards, tmp_path, change):
+    change(copy)
+    assert convert(copy, tmp_path / "out", "--splits=train", "--maxcount=7") == 0
+    assert samples(tmp_path / "out", "train") == samples(shards, "train")
 
 
-# ---------------------------------------------------------------- the 1,000 standard classes
+@pytest.mark.parametrize("folder", [True, False])
+def test_val_may_lack_a_class_of_train(tmp_path, capsys, folder):
+    make_images(tmp_path, *(f"{split}/{x}/{x}.JPEG" for split, xs in (("train", "abc"), ("val", "ac")) for x in xs))
+    make_images(tmp_path, *(f"val/{number}.JPEG" for number in range(3)))
+    if folder:
+        (tmp_path / "val/b").mkdir()
+    assert convert(tmp_path, tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/val: no images of 1 class, 'b' …" in error
+    assert f"{tmp_path}/val: 3 images beside the class folders left out, '0.JPEG' …" in error
+    indexes = [index_of(tmp_path / "out", split) for split in ("train", "val")]
+    assert indexes[0]["classes"] == indexes[1]["classes"] == ["a", "b", "c"]
+    assert {label for _, label, _ in samples(tmp_path / "out", "val")} == {0, 2}
 
 
 def test_the_standard_classes_and_their_names():
@@ -152,15 +148,12 @@ def test_the_standard_classes_and_their_names():
     assert [name for name, text in zip(names, descriptions) if name.split()[0] not in text] == []
 
 
-def test_other_totals_than_imagenets_are_a_warning(tree, shards, tmp_path, capsys, monkeypatch):
+def test_other_totals_than_imagenets_are_a_warning(tree, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "is_imagenet", lambda classes: len(classes) == 10)
     monkeypatch.setattr(script, "find_class_names", lambda root, classes: None)
     assert convert(tree, tmp_path, "--maxcount=70") == 0
-    error = capsys.readouterr().err.splitlines()
-    assert error == [
-        f"imagenet_shards.py: {tree}/train: 60 images, ImageNet has 1,281,167; is the tree complete?",
-        f"imagenet_shards.py: {tree}/val: 30 images, ImageNet has 50,000; is the tree complete?",
-    ]
+    train, val = capsys.readouterr().err.splitlines()
+    assert f"{tree}/train: 60 images, ImageNet has 1,281,167;" in train and f"{tree}/val: 30 images" in val
     monkeypatch.setattr(script, "IMAGENET_IMAGES", {"train": 60, "val": 30})
     assert convert(tree, tmp_path, "--maxcount=70") == 0 and capsys.readouterr().err == ""
 
@@ -168,57 +161,89 @@ def test_other_totals_than_imagenets_are_a_warning(tree, shards, tmp_path, capsy
 # ---------------------------------------------------------------- trees that are refused
 
 
-def only_archives(root: Path) -> None:
-    shutil.rmtree(root / "train")
-    (root / "ILSVRC2012_img_train.tar").touch()
+def first(root: Path, split: str = "train") -> Path:
+    return sorted((root / split).rglob("*.JPEG"))[0]
 
 
-def first(root: Path) -> Path:
-    return sorted((root / "train").rglob("*.JPEG"))[0]
+def flat(change=lambda wnids: None) -> object:
+    """A flat val/, whose labels, if any, are changed."""
+    return lambda root: (labels := change(flatten(root))) and write_solution(root / "LOC_val_solution.csv", labels)
 
 
-def flat_with(labels: str) -> object:
-    def change(root: Path) -> None:
-        wnids = flatten(root)
-        if labels == "other.csv":
-            (root / "LOC_val_solution.csv").write_text("a,b\nc\n")
-        elif labels == "short.csv":
-            write_solution(root / "LOC_val_solution.csv", dict(list(wnids.items())[1:]))
-        elif labels == "short.bin":
-            write_meta(root, dict(list(wnids.items())[1:]))
-        elif labels == "broken.bin":
-            (root / "meta.bin").write_bytes(b"nonsense")
-        elif labels == "wrong class":
-            write_solution(root / "LOC_val_solution.csv", wnids | {next(iter(wnids)): "n99999999"})
+def beside(make, split: str = "train") -> object:
+    """Another entry beside the first image."""
+    return lambda root: make(first(root, split).with_name("0.JPEG"))
 
-    return change
+
+def large(root: Path, *sizes: int) -> None:
+    """Add files of these sizes, which take no room on the disk."""
+    for number, size in enumerate(sizes):
+        path = first(root).with_name(f"large{number}.JPEG")
+        path.write_bytes(b"\xff\xd8\xff")
+        os.truncate(path, size)
 
 
 TREES = {
-    "no such folder": lambda root: shutil.rmtree(root),
     "no such folder; --imagenet must name": lambda root: shutil.rmtree(root / "val"),
-    "unpack ILSVRC2012_img_train.tar with torchvision": only_archives,
-    "no class folders; expected one folder per class": lambda root: [
-        shutil.rmtree(root / "train"), make_images(root, "train/1.jpg")],
-    "no class folders; expected": lambda root: [shutil.rmtree(root / "val"), (root / "val").mkdir()],
-    "30 images but no class folders; name Kaggle's LOC_val_solution.csv": flat_with("nothing"),
-    "LOC_val_solution.csv: not a label for each image": flat_with("other.csv"),
-    "LOC_val_solution.csv: not a label for each": flat_with("short.csv"),
-    "meta.bin: not a label for each image": flat_with("short.bin"),
-    "meta.bin: not torchvision's meta.bin": flat_with("broken.bin"),
-    "train/ and val/ differ in 1 class (n99999999), so": flat_with("wrong class"),
-    "2 class archives (first n00000001.tar) among the class folders": lambda root: [
-        (root / "train" / f"n0000000{n}.tar").touch() for n in (1, 2)],
-    "differ in 1 class (n99999999)": lambda root: make_images(root, "val/n99999999/1.jpg"),
-    "no images in this class folder": lambda root: [(root / s / "n99999999").mkdir() for s in ("train", "val")],
-    "No such file or directory": lambda root: (first(root).parent / "gone.JPEG").symlink_to(root / "nowhere"),
+    "'ILSVRC2012_img_train.tar'; unpack": lambda root: (root / "train/ILSVRC2012_img_train.tar").touch(),
+    "no images in any class folder; expected": lambda root: [shutil.rmtree(root / "train"), (root / "train").mkdir()],
+    "no images in class folder 'n99999999'": lambda root: [(root / s / "n99999999").mkdir() for s in ("train", "val")],
+    "no class folders; expected a folder per class, or Kaggle's LOC_val_solution.csv (--val-labels)": flat(),
+    "LOC_val_solution.csv: no label of 'ILSVRC2012_val_": flat(lambda wnids: dict(list(wnids.items())[1:])),
+    "'n99999999' is not in train/": flat(lambda wnids: wnids | {next(iter(wnids)): "n99999999"}),
+    "class 'n99999999' is not in train/": lambda root: make_images(root, "val/n99999999/1.jpg"),
+    r"'Ka\u0308se' is not in": lambda root: make_images(root, "train/K\xe4se/1.jpg", "val/Ka\u0308se/1.jpg"),
+    "not a regular file; remove it": beside(lambda path: path.symlink_to("nowhere")),
+    "0.JPEG: not a regular file; remove it": beside(os.mkfifo),
+    "val/n02128385/0.JPEG: not a regular file": beside(os.mkfifo, "val"),
+    "0.JPEG: not a regular file": beside(lambda path: path.symlink_to("/dev/zero")),
+    "--block-size=64: a block of 1.7 GB, readers accept 1.1 GB": lambda root: large(root, *[60_000_000] * 40),
+    "is listed already; remove the link": beside(lambda path: path.with_name("x").symlink_to("..")),
+    "is listed already": beside(lambda path: path.with_name("x").symlink_to(".")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("expected", TREES)
-def test_a_tree_that_cannot_be_converted_is_one_line(copy, tmp_path, capsys, expected):  # noqa: F811
+def test_a_tree_that_cannot_be_converted_is_one_line(copy, tmp_path, refused, expected):
     TREES[expected](copy)
-    assert convert(copy, tmp_path / "out") == 1
-    error = capsys.readouterr().err
-    assert expected in error and str(copy) in error and error.count("\n") == 1
+    error = refused(f"--imagenet={copy}", f"--shards={tmp_path}/out", "--maxsize=1e11")
+    assert expected in error.replace(r"\\", "\\") and (str(copy) in error or "--block-size" in error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_too_large_for_an_image_is_not_read(copy, tmp_path, refused):
+    large(copy, script.LIMIT + 1, 1 << 40)
+    flags = [f"--imagenet={copy}", f"--shards={tmp_path}/out", "--splits=train", "--maxcount=100"]
+    first, second, last = refused(*flags, lines=3).splitlines()
+    assert "large0.JPEG: 67.1 MB; 67.1 MB are allowed" in first and "large1.JPEG: 1099.5 GB" in second
+    assert "2 invalid images" in last
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_too_many_pixels_are_an_invalid_image(copy, tmp_path, refused, kind):
+    """108 million, of which Pillow only warns."""
+    Image.new("L" if kind == "JPEG" else "1", (10_400, 10_400)).save(first(copy), kind)
+    error = refused(f"--imagenet={copy}", f"--shards={tmp_path}/out", "--splits=train", lines=2)
+    assert f"{first(copy)}: " in error and "108160000 pixels" in error and "1 invalid image," in error
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder that everybody may write to, and a process to which permissions apply."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        try:
+            os.geteuid() or os.seteuid(65534)
+            yield Path(name)
+        finally:
+            os.getuid() or os.seteuid(0)
+
+
+@pytest.mark.parametrize("path", ["tree/train/a/sub", "tree/train/a/2.jpg", "tree/train", "out"])
+def test_what_may_not_be_read_or_written_is_named(unprivileged, refused, path):
+    make_images(unprivileged / "tree", "train/a/1.jpg", "train/a/2.jpg", "train/a/sub/3.jpg")
+    (unprivileged / "out").mkdir()
+    (unprivileged / path).chmod(0)
+    error = refused(f"--imagenet={unprivileged}/tree", f"--shards={unprivileged}/out", "--splits=train")
+    assert f"{unprivileged}/{path}" in error and "Permission denied" in error
+    (unprivileged / path).chmod(0o700)

@@ -159,14 +159,6 @@ def test_readers_fetch_blocks_in_line_order_and_hold_no_more_than_the_shuffle_an
         ]
 
 
-def test_the_order_is_a_function_of_seed_and_epoch():
-    index, division = index_of([[7, 8, 9], [10, 11]] * 4), [Division(True, 1, 1, 4, 5)]
-    orders = {(s, e): plan_epoch(index, True, s, e, division)[0].tobytes() for s in (0, 1) for e in (0, 1, 2)}
-    assert len(set(orders.values())) == 6 and orders[0, 1] == plan_epoch(index, True, 0, 1, division)[0].tobytes()
-    plans = [plan_epoch(index, False, seed, 9 * seed, division)[0] for seed in (0, 1)]
-    assert (permute_blocks(index, False, True, 0, 0) == np.arange(20)).all() and plans[0].shape == plans[1].shape
-
-
 def test_the_order_does_not_depend_on_the_version_of_numpy():
     """A checkpoint within an epoch is refused if it does."""
     plan, _ = plan_epoch(index_of([[4, 4], [4]]), True, 7, 2, [Division(True, 1, 2, 3, 5)])

@@ -3,94 +3,67 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib.figure
 import numpy
 import pytest
-from conftest import convert
+import torch
 from PIL import Image
 from runs import one_line, rows, train
-from standin import make_tree
 
 import imagenet_train as script
 
 # ---------------------------------------------------------------- --preview
 
-SIZE, COUNT, COLUMNS = 160, 9, 3
+SIZE, COUNT = 160, 9
 
 
-def sheet_of(shards: Path, path: Path) -> Image.Image:
-    flags = [f"--preview={path}", f"--train-size={SIZE}", f"--batch-size={COUNT}"]
-    assert train(shards, path.parent / "out", *flags) == 0
-    return Image.open(path)
+def likeness(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The correlation of two images [3, S, S], without their edges, where one has the outline."""
+    inner = slice(SIZE // 5, -SIZE // 5)
+    return numpy.corrcoef(a[:, inner, inner].flatten(), b[:, inner, inner].flatten())[0, 1]
 
 
-def test_preview_shows_what_the_model_sees(shards, tmp_path, capsys):
+@pytest.mark.parametrize("named", [True, False])
+def test_preview_shows_what_the_model_sees(shards, tmp_path, monkeypatch, named):
+    """Beside each original with its class and the crop's outline, whose inside is what the model sees, or its mirror
+    image. Classes have the names of the index, or else their wnids.
+    """
+    index = replace(script.read_index(str(shards), "train"),
+                    class_names=[f"kind {number}, also called so" for number in range(10)] if named else None)
+    images, labels = next(iter(script.Loader(script.LoaderConfig(index, True, COUNT, SIZE, shuffle=5))))
+    monkeypatch.setattr(script, "read_indexes", lambda *args: [index, index])
+    drawn, draw = [], script.draw_bounding_boxes
+    monkeypatch.setattr(script, "draw_bounding_boxes", lambda *args, **options: drawn.append(args) or draw(
+        *args, **options))
     path = tmp_path / "new folder" / "sheet.png"
-    sheet = sheet_of(shards, path)
-    assert str(path) in capsys.readouterr().out and not (path.parent / "out").exists()
-    index = script.read_index(str(shards), "train")
-    images, _ = next(iter(script.Loader(script.LoaderConfig(index, True, COUNT, SIZE, shuffle=5))))
-    assert sheet.size == (COLUMNS * (2 * SIZE + 12) + 8, 3 * (SIZE + 28) + 4)
-    for position in range(COUNT):
-        left = position % COLUMNS * (2 * SIZE + 12) + 8 + SIZE + 2
-        top = position // COLUMNS * (SIZE + 28) + 4
-        assert sheet.crop((left, top, left + SIZE, top + SIZE)).tobytes() == images[position].numpy().tobytes()
-
-
-def test_preview_draws_the_crop_on_the_original(shards, tmp_path):
-    """The part inside of the red outline, enlarged, is what the model sees, or its mirror image."""
-    sheet = sheet_of(shards, tmp_path / "sheet.png")
-    for position in range(COUNT):
-        left, top = position % COLUMNS * (2 * SIZE + 12) + 8, position // COLUMNS * (SIZE + 28) + 4
-        original = sheet.crop((left, top, left + SIZE, top + SIZE))
-        seen = numpy.asarray(sheet.crop((left + SIZE + 2, top, left + 2 * SIZE + 2, top + SIZE)), dtype=float)
-        red = (numpy.asarray(original) == (255, 0, 0)).all(2).nonzero()
-        box = red[1].min(), red[0].min(), red[1].max() + 1, red[0].max() + 1
-        inside = Image.fromarray(numpy.asarray(original)).resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
-        inside = numpy.asarray(inside, dtype=float)
-
-        def likeness(a: numpy.ndarray, b: numpy.ndarray) -> float:
-            inner = slice(SIZE // 5, -SIZE // 5)  # without the outline
-            return numpy.corrcoef(a[inner, inner].ravel(), b[inner, inner].ravel())[0, 1]
-
-        assert max(likeness(inside, seen), likeness(inside[:, ::-1], seen)) > 0.6, position
-
-
-def test_preview_names_the_classes(shards, tmp_path, monkeypatch):
-    """With the names of the index, or else the wnids."""
-    written = []
-    real = script.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(script.ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **options: (
-        written.append(text), real(self, place, text, *rest, **options)))
-    sheet_of(shards, tmp_path / "sheet.png")
-    index = script.read_index(str(shards), "train")
-    known = [name.split(",")[0].split()[0] for name in index.class_names or index.classes]
-    assert len(written) == COUNT and all(text.split()[1] in known for text in written)
-    index = replace(index, class_names=[f"kind {number}, also called so" for number in range(10)])
-    config = script.LoaderConfig(index, True, COUNT, SIZE, shuffle=5)
-    labels = [text.split()[0] for text in written]
-    written.clear()
-    script.preview(config, tmp_path / "named.png")
-    assert written == [f"{label}  kind {label}" for label in labels]
+    assert train(shards, tmp_path / "out", f"--preview={path}", f"--train-size={SIZE}", f"--batch-size={COUNT}") == 0
+    sheet, side = Image.open(path), SIZE + 4
+    assert sheet.size == (6 * side + 4, 3 * side + 4) and not (tmp_path / "out").exists() and len(drawn) == COUNT
+    for position, (original, box, [name], *style) in enumerate(drawn):
+        cells = [(left * side + 4, position // 3 * side + 4) for left in (position % 3 * 2, position % 3 * 2 + 1)]
+        left, right = (sheet.crop((x, y, x + SIZE, y + SIZE)) for x, y in cells)
+        shown = script.center_crop(draw(original, box, [name], *style, width=2), SIZE)
+        assert left.tobytes() == shown.permute(1, 2, 0).numpy().tobytes()
+        assert right.tobytes() == images[position].numpy().tobytes()
+        assert name == (f"kind {labels[position]}" if named else index.classes[labels[position]])
+        x0, y0, x1, y1 = (round(number) for number in box[0].tolist())
+        inside = script.resize(original[:, y0:y1, x0:x1], (SIZE, SIZE)).double()
+        seen = images[position].permute(2, 0, 1).double()
+        assert max(likeness(inside, seen), likeness(inside.flip(2), seen)) > 0.6, position
 
 
 def test_preview_leaves_out_what_cannot_be_decoded(shards, tmp_path, capsys, monkeypatch):
-    """Of a batch of more than 32 images it draws 32."""
-    decode = script.decode
+    """Of a batch of more than 32 images it takes 32."""
+    decode, bad = script.decode, set(range(3))
     monkeypatch.setattr(script, "decode", lambda sample, config, epoch: (
-        (None, "damaged") if int(sample["cls"]) < 3 else decode(sample, config, epoch)))
-    assert train(shards, tmp_path, f"--preview={tmp_path}/sheet.png", "--batch-size=256") == 0
-    assert Image.open(tmp_path / "sheet.png").width > 100
-    assert "sheet.png: 32 images of the first training batch" in capsys.readouterr().out
-
-
-def test_preview_of_fewer_images_than_a_batch(tmp_path, capsys):
-    make_tree(tmp_path / "tree", train=2, val=1, classes=2)
-    assert convert(tmp_path / "tree", tmp_path / "data") == 0
-    assert train(tmp_path / "data", tmp_path, f"--preview={tmp_path}/sheet.png", "--batch-size=256") == 0
-    assert "sheet.png: 4 images of the first training batch" in capsys.readouterr().out
+        (None, "damaged") if int(sample["cls"]) in bad else decode(sample, config, epoch)))
+    preview = shards, tmp_path, f"--preview={tmp_path}/sheet.png", "--batch-size=256"
+    assert train(*preview) == 0
+    assert 15 < int(capsys.readouterr().out.partition("sheet.png: ")[2].partition(" images, ")[0]) < 32
+    bad |= set(range(10))
+    assert train(*preview) == 1
+    assert "no image" in one_line(capsys)
 
 
 # ---------------------------------------------------------------- curves.png
@@ -99,32 +72,28 @@ def test_preview_of_fewer_images_than_a_batch(tmp_path, capsys):
 @pytest.fixture
 def drawn(monkeypatch) -> list[matplotlib.figure.Figure]:
     """The figures that are saved."""
-    figures = []
-    real = matplotlib.figure.Figure.savefig
+    figures, save = [], matplotlib.figure.Figure.savefig
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *args, **options: (
-        figures.append(self), real(self, *args, **options)))
+        figures.append(self), save(self, *args, **options)))
     return figures
 
 
 def test_curves_show_the_log(shards, tmp_path, drawn):
+    """After each epoch. A power cut left a part of an entry, and bytes that are no text: these are dropped."""
     assert train(shards, tmp_path, "--max-epochs=2") == 0
+    log = tmp_path / "version_0" / "metrics.csv"
+    before = log.read_bytes()
+    log.write_bytes(before + b"0.93,0.1,1\x00\xff")
     assert train(shards, tmp_path, "--max-epochs=3", "--resume") == 0
-    version = tmp_path / "version_0"
-    assert len(drawn) == 3  # after each epoch
-    entries = rows(tmp_path)
-    loss, accuracy, rate, speed = drawn[-1].axes
-    assert [axes.get_title() for axes in drawn[-1].axes] == ["loss", "accuracy, %", "learning rate", "images/s"]
-    top1, top5 = accuracy.lines
-    assert list(top1.get_xdata()) == list(top5.get_xdata()) == [1, 2, 3]
-    assert list(top1.get_ydata()) == [100 * float(row["val_top1"]) for row in entries if row["val_top1"]]
-    training, validation = loss.lines
-    assert list(training.get_ydata()) == [float(row["train_loss"]) for row in entries if row["train_loss"]]
-    assert list(validation.get_ydata()) == [float(row["val_loss"]) for row in entries if row["val_loss"]]
-    epochs = training.get_xdata()
-    assert sorted(epochs) == list(epochs) and 0 <= epochs[0] < 0.2 and epochs[-1] > 2.8
-    assert len(rate.lines[0].get_xdata()) == len(epochs) == len(speed.lines[0].get_ydata())
-    image = Image.open(version / "curves.png")
-    assert image.size == (1080, 720) and not list(version.glob(".*"))
+    assert log.read_bytes().startswith(before) and len(drawn) == 3
+    entries, shown = rows(tmp_path), {line.get_label(): line for axes in drawn[-1].axes for line in axes.lines}
+    assert {*shown} == {"train_loss", "val_loss", "val_top1", "val_top5", "lr", "train_images/s"}
+    for name, line in shown.items():
+        curve = [(float(row["epoch"]), float(row[name])) for row in entries if row[name]]
+        assert [*zip(line.get_xdata(), line.get_ydata())] == curve == sorted(curve)
+        validation = name.startswith("val")
+        assert [x for x, _ in curve] == [1, 2, 3] if validation else 0 <= curve[0][0] < 0.2 and curve[-1][0] > 2.8
+    assert Image.open(log.with_name("curves.png")).size == (1080, 720)
 
 
 def test_repeated_steps_count_once(tmp_path, drawn):
@@ -145,20 +114,10 @@ def test_without_matplotlib_there_is_no_picture(shards, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "version_0" / "metrics.json").read_text())["epoch"] == 1
 
 
-def test_without_an_entry_of_training_there_are_curves_of_validation(shards, tmp_path):
+@pytest.mark.filterwarnings("error:No artists")
+def test_without_an_entry_of_training_there_are_curves_of_validation(shards, tmp_path, capsys):
     assert train(shards, tmp_path, "--log-every=100") == 0
-    assert Image.open(tmp_path / "version_0" / "curves.png").size == (1080, 720)
-
-
-def test_a_torn_line_of_the_log_is_dropped(shards, tmp_path, drawn, capsys):
-    """A power cut or a full disk left a part of an entry, and bytes that are no text: the run goes on without them."""
-    assert train(shards, tmp_path) == 0
-    log = tmp_path / "version_0" / "metrics.csv"
-    before = log.read_bytes()
-    log.write_bytes(before + b"0.93,0.1,1\x00\xff")
-    assert train(shards, tmp_path, "--max-epochs=2", "--resume") == 0
-    assert log.read_bytes().startswith(before) and len(drawn) == 2 and not capsys.readouterr().err
-    assert [row["epoch"] for row in rows(tmp_path) if row["val_top1"]] == ["1.0", "2.0"]
+    assert Image.open(tmp_path / "version_0" / "curves.png").size == (1080, 720) and not capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(shards, tmp_path, capsys):

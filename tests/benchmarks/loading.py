@@ -1,31 +1,29 @@
 """Loaders of the same images side by side: this project's, and what else reads ImageNet into PyTorch.
 
-    python3 tests/benchmarks/loading.py --tree=/data/imagenet --images=4000 --workers=2
-    python3 tests/benchmarks/loading.py --standin --only=project-bytes,webdataset-bytes
+    python3 tests/benchmarks/loading.py --tree=/data/imagenet --images=4000 --rounds=6
+    python3 tests/benchmarks/loading.py --tree=DIR --only=project-bytes,dali-bytes --python=dali=/other/venv/bin/python
+    python3 tests/benchmarks/loading.py --tree=DIR --images=1000 --parts
 
-In:  a tree with train/<wnid>/*.JPEG, or the drawn stand-in, whose images are small: its figures say little.
-Out: a table of images per CPU-second, of all processes, and per second, medians over interleaved rounds.
+In:  a tree with train/<wnid>/*.JPEG. Fewer files than --images are linked under several names.
+Out: a table of images per CPU-second, of all processes, and of images a second, both from the first batch to the last;
+     and of the start-up: seconds and CPU-seconds from the start of the process to its first batch, imports included.
+     Medians over interleaved rounds, after one round that does not count.
 
-Each gives batches of RandomResizedCrop + flip. Compare rows that return the same: `bytes` are uint8 [B, S, S, 3], of
-which a GPU makes the floats; `floats` are normalised float32 [B, 3, S, S]. Each loader runs in a process of its own,
-and the start of its workers counts. `pillow` only reads and decodes each file, in one process: no crop, no batches. A
-peer that is not installed is left out; requirements.txt beside this file names them.
-
-What floats cost, measured for batches of 64 on one core: 0.68 ms an image if a whole batch is converted by
-`x.permute(0, 3, 1, 2).float().sub_(mean).div_(std)`, 0.16 ms as project_floats() does it. 0.25 ms are page faults of 39
-MB of fresh memory for each batch, which is larger than the cache, so each of the three passes goes through memory; and
-a broadcast over three channels that lie side by side has inner loops of three values. The others pay the same and
-more: ToTensor makes two copies, and the floats, four times the bytes, are copied into shared memory.
+Each loader gives batches of RandomResizedCrop and flip, and runs in a process of its own. Compare rows that return the
+same: `bytes` are uint8 [B, S, S, 3] or [B, 3, S, S], of which a GPU makes the floats; `floats` are normalised float32
+[B, 3, S, S]. `pillow` only reads and decodes each file, in one process: no crop, no batches. What is not installed is
+left out; requirements.txt beside this file has the packages. --python names the interpreter of a loader that needs an
+environment of its own. --parts: where the time of an image goes, in one process of this project's.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib.util
+import contextlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -36,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -44,70 +42,79 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms as T
-from PIL import Image
-from torch.utils.data import DataLoader
+from PIL import Image, ImageFile
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.datasets import ImageFolder
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-
-import imagenet_train as script  # noqa: E402
-
-MEAN, STD = script.MEAN, script.STD
+TOP = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(TOP))
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def make_shards(work: Path, name: str, images: int, *flags: str) -> None:
     """Convert work/tree into eight shards in work/name."""
-    count = f"--maxcount={-(-images // 8)}"
-    flags = (f"--imagenet={work}/tree", f"--shards={work / name}", "--splits=train", count, *flags)
-    command = [sys.executable, TESTS.parent / "imagenet_shards.py", *flags]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [sys.executable, TOP / "imagenet_shards.py", f"--imagenet={work}/tree", f"--shards={work / name}"]
+    flags = ("--splits=train", f"--maxcount={-(-images // 8)}", *flags)
+    subprocess.run([*command, *flags], check=True, capture_output=True, text=True)
 
 
-def to_bytes(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))
+def prepare(work: Path, tree: Path, images: int, copy: bool = False) -> None:
+    """A tree of so many files, linked or copied from the given one, in work/tree, and shards of it in work/data."""
+    files = sorted(path for path in (tree / "train").glob("*/*") if path.is_file())
+    if not files:
+        raise SystemExit(f"{tree}/train: no class folders with images in it; give another --tree")
+    if len(files) > images:  # of all classes, as evenly as they come
+        files = random.Random(0).sample(files, images)
+    for number, path in zip(range(images), itertools.cycle(files)):
+        link = work / "tree/train" / path.parent.name / f"{path.stem}-{number // len(files)}{path.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (shutil.copyfile if copy else os.link)(path, link)
+        except OSError:  # a link, to another disk
+            shutil.copyfile(path, link)
+    make_shards(work, "data", images)
 
 
-def crops(size: int, floats: bool) -> T.Compose:
-    """What torchvision's users do to a training image."""
-    last = [T.ToTensor(), T.Normalize(MEAN, STD)] if floats else [to_bytes]
-    return T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), *last])
+# ---------------------------------------------------------------- loaders: (work folder, flags, floats) → batches
 
 
-# ---------------------------------------------------------------- loaders: (work folder, flags) → batches
+def project(work: Path, a: argparse.Namespace, floats: bool, shards: str = "data") -> Iterable:
+    import imagenet_train as script
 
-
-def project(work: Path, a: argparse.Namespace, shards: str = "data") -> Iterable:
     index = script.read_index(str(work / shards), "train")
-    return script.Loader(script.LoaderConfig(index, True, a.batch, a.size, shuffle=500, workers=a.workers))
+    if floats:
+        script.collate = normalise(script.collate)  # of the processes that are forked from this one
+    return script.Loader(script.LoaderConfig(index, True, a.batch, a.size, shuffle=500, workers=a.workers, epochs=1))
 
 
-def project_256(work: Path, a: argparse.Namespace) -> Iterable:
+def project_256(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     """As project, from shards made with --resize=256."""
     if not (work / "data-256/imagenet-train.json").exists():
         make_shards(work, "data-256", a.images, "--resize=256")
-    return project(work, a, "data-256")
+    return project(work, a, floats, "data-256")
 
 
-class Floats(script.Collate):
-    """Also normalises, image by image, into floats [B, 3, S, S] channels_last, in memory that is used again."""
+def normalise(collate: Callable) -> Callable:
+    """A collate() that also normalises, image by image, into memory that is used again: floats [B, 3, S, S]."""
+    memory: list[torch.Tensor] = []
 
-    def __init__(self, config: script.LoaderConfig) -> None:
-        super().__init__(config)
-        # A row of pixels is one run of values; mean and std are repeated along it.
-        self.mean, self.std = (torch.tensor(x).repeat(config.size) * 255 for x in (MEAN, STD))
-        self.floats = deque(torch.empty(self.shape).share_memory_() for _ in range(4))
+    def collate_floats(rows: list, buffers: Iterable) -> list:
+        images, *rest = collate(rows, buffers)
+        if not memory:
+            memory.extend(torch.empty(images.shape).share_memory_() for _ in range(4))
+        memory.append(memory.pop(0))
+        mean, std = (torch.tensor(x).repeat(images.shape[1]) * 255 for x in (MEAN, STD))  # along a row of pixels
+        for image, normalised in zip(images.flatten(2), memory[0].flatten(2)):
+            normalised.copy_(image).sub_(mean).div_(std)
+        return [memory[0].permute(0, 3, 1, 2), *rest]
 
-    def __call__(self, samples: list) -> list:
-        images, labels, errors = super().__call__(samples)
-        self.floats.rotate(-1)
-        for image, normalised in zip(images.flatten(2), self.floats[0].flatten(2)):
-            normalised.copy_(image).sub_(self.mean).div_(self.std)
-        return [self.floats[0].permute(0, 3, 1, 2), labels, errors]
+    return collate_floats
 
 
-def project_floats(work: Path, a: argparse.Namespace) -> Iterable:
-    script.Collate = Floats  # of the processes that are forked from this one
-    return project(work, a)
+def crops(a: argparse.Namespace, floats: bool) -> T.Compose:
+    """What torchvision's users do to a training image."""
+    last = [T.ToTensor(), T.Normalize(MEAN, STD)] if floats else [np.array, torch.from_numpy]
+    return T.Compose([T.RandomResizedCrop(a.size), T.RandomHorizontalFlip(), *last])
 
 
 def webdataset(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
@@ -116,25 +123,36 @@ def webdataset(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
 
     urls = sorted(map(str, (work / "data").glob("*.tar")))
     data = wds.WebDataset(urls, shardshuffle=100, nodesplitter=wds.split_by_node).shuffle(500).decode("pil")
-    data = data.to_tuple("jpg cls").map_tuple(crops(a.size, floats), int).batched(a.batch, partial=False)
+    data = data.to_tuple("jpg cls").map_tuple(crops(a, floats), int).batched(a.batch, partial=False)
     return wds.WebLoader(data, batch_size=None, num_workers=a.workers)
 
 
-def imagefolder(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
-    from torchvision.datasets import ImageFolder
+def wids(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
+    """The random access to the same shards that comes with WebDataset."""
+    from wids import ShardListDataset
 
-    data = ImageFolder(work / "tree/train", crops(a.size, floats))
+    transform = crops(a, floats)
+    data = ShardListDataset(str(work / "data/imagenet-train.json"), localname=str)
+    data.add_transform(lambda sample: (transform(sample[".jpg"].convert("RGB")), sample[".cls"]))
+    sampler = DistributedSampler(data, num_replicas=1, rank=0, drop_last=True)
+    return DataLoader(data, a.batch, sampler=sampler, num_workers=a.workers, drop_last=True)
+
+
+def imagefolder(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
+    data = ImageFolder(work / "tree/train", crops(a, floats))
     return DataLoader(data, a.batch, shuffle=True, num_workers=a.workers, drop_last=True)
 
 
-def timm(work: Path, a: argparse.Namespace) -> Iterable:
+def timm(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
+    """Its prefetcher makes floats of bytes on the device; without it, its loader processes make floats."""
     from timm.data import create_dataset, create_loader
 
     data = create_dataset("wds/imagenet", root=str(work / "data"), split="train", is_training=True, batch_size=a.batch)
-    return create_loader(
-        data, (3, a.size, a.size), a.batch, is_training=True, use_prefetcher=False, num_workers=a.workers, mean=MEAN,
-        std=STD, color_jitter=None, interpolation="bilinear", device=torch.device("cpu"), persistent_workers=False,
+    loader = create_loader(
+        data, a.size, a.batch, is_training=True, use_prefetcher=not floats, num_workers=a.workers, mean=MEAN, std=STD,
+        color_jitter=None, interpolation="bilinear", device=torch.device("cpu"), persistent_workers=False,
     )
+    return loader if floats else loader.loader
 
 
 def image_and_label(item: tuple) -> dict:
@@ -145,22 +163,20 @@ def cropped(transform: Callable, item: dict) -> tuple[torch.Tensor, int]:
     return transform(Image.open(io.BytesIO(item["image"])).convert("RGB")), item["label"]
 
 
-def litdata(work: Path, a: argparse.Namespace) -> Iterable:
+def litdata(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     import litdata as ld
-    from torchvision.datasets import ImageFolder
 
     folder = str(work / "litdata")
     if not os.path.exists(f"{folder}/index.json"):
         items = ImageFolder(work / "tree/train").samples
         ld.optimize(image_and_label, inputs=items, output_dir=folder, chunk_bytes="64MB", num_workers=2)
-    transform = partial(cropped, crops(a.size, True))
+    transform = partial(cropped, crops(a, floats))
     data = ld.StreamingDataset(folder, shuffle=True, drop_last=True, transform=transform)
     return ld.StreamingDataLoader(data, batch_size=a.batch, num_workers=a.workers)
 
 
-def mosaicml(work: Path, a: argparse.Namespace) -> Iterable:
+def mosaicml(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     from streaming import MDSWriter, StreamingDataset
-    from torchvision.datasets import ImageFolder
 
     folder = str(work / "mosaicml")
     if not os.path.exists(f"{folder}/index.json"):
@@ -172,7 +188,7 @@ def mosaicml(work: Path, a: argparse.Namespace) -> Iterable:
         def __getitem__(self, place):
             return cropped(transform, super().__getitem__(place))
 
-    transform, data = crops(a.size, True), Images(local=folder, shuffle=True, batch_size=a.batch)
+    transform, data = crops(a, floats), Images(local=folder, shuffle=True, batch_size=a.batch)
     return DataLoader(data, a.batch, num_workers=a.workers, drop_last=True)
 
 
@@ -184,9 +200,8 @@ def dali(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     @pipeline_def(batch_size=a.batch, num_threads=max(1, a.workers), device_id=None)
     def pipeline():
         data, label = fn.readers.file(file_root=str(work / "tree/train"), random_shuffle=True, name="files")
-        image = fn.decoders.image_random_crop(
-            data, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
-        )
+        area, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
+        image = fn.decoders.image_random_crop(data, device="cpu", random_area=area, random_aspect_ratio=ratio)
         image = fn.resize(image, size=(a.size, a.size), interp_type=types.INTERP_LINEAR, antialias=True)
         if not floats:
             return fn.flip(image, horizontal=fn.random.coin_flip()), label
@@ -194,170 +209,178 @@ def dali(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
         mirror = fn.random.coin_flip()
         return fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=std, output_layout="CHW"), label
 
-    pipe = pipeline()
-    pipe.build()
-    batches = DALIGenericIterator([pipe], ["x", "y"], reader_name="files", last_batch_policy=LastBatchPolicy.DROP)
+    batches = DALIGenericIterator([pipeline()], ["x", "y"], reader_name="files", last_batch_policy=LastBatchPolicy.DROP)
     return ((batch[0]["x"], batch[0]["y"]) for batch in batches)
 
 
-def pillow(work: Path, a: argparse.Namespace) -> Iterable:
+def pillow(work: Path, a: argparse.Namespace, floats: bool) -> Iterable:
     paths = sorted(work.glob("tree/train/*/*"))
     random.Random(0).shuffle(paths)
-    for path in paths:
-        Image.open(path).load()
-        yield [path], [0]
+    for start in range(0, len(paths), a.batch):
+        for path in paths[start : start + a.batch]:
+            Image.open(path).load()
+        yield paths[start : start + a.batch], None
 
 
-LOADERS: dict[str, tuple[Callable, str | None]] = {  # and the package that it needs beyond the project's
-    "project-bytes": (project, None),
-    "webdataset-bytes": (partial(webdataset, floats=False), None),
-    "imagefolder-bytes": (partial(imagefolder, floats=False), None),
-    "dali-bytes": (partial(dali, floats=False), "nvidia.dali"),
-    "project-256-bytes": (project_256, None),
-    "project-floats": (project_floats, None),
-    "webdataset-floats": (partial(webdataset, floats=True), None),
-    "imagefolder-floats": (partial(imagefolder, floats=True), None),
-    "timm-floats": (timm, "timm"),
-    "litdata-floats": (litdata, "litdata"),
-    "mosaicml-floats": (mosaicml, "streaming"),
-    "dali-floats": (partial(dali, floats=True), "nvidia.dali"),
-    "pillow": (pillow, None),
-}
-
-
-def installed(package: str | None) -> bool:
-    try:
-        return package is None or importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it lies in
-        return False
+MAKERS = (project, webdataset, wids, imagefolder, timm, litdata, mosaicml, dali)
+LOADERS = {f"{make.__name__}-{kind}": partial(make, floats=kind == "floats")
+           for kind in ("bytes", "floats") for make in MAKERS}
+LOADERS |= {"project_256-bytes": partial(project_256, floats=False), "pillow": partial(pillow, floats=False)}
 
 
 # ---------------------------------------------------------------- one measurement
 
 
-def cpu_seconds() -> float:
-    """Of this process, and of its children that have ended."""
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def cpu_seconds(running: Iterable[int] = ()) -> float:
+    """Of this process, of its children that have ended, and of these processes as long as they run."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(used.ru_utime + used.ru_stime for used in usage)
+    for pid in running:
+        with contextlib.suppress(OSError):  # its own time, and that of its children
+            ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+            seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return seconds
 
 
 def measure(name: str, work: Path, a: argparse.Namespace) -> dict[str, float]:
-    """Load one epoch. Raises ValueError if a batch is not what this comparison is about."""
+    """Load one epoch. ValueError if a batch is not what this comparison is about."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    loader = LOADERS[name][0](work, a)  # shards of its own, if it needs any, are made here, before the clock starts
-    cpu, begun, images, batches = cpu_seconds(), time.perf_counter(), 0, iter(loader)
-    for x, y in batches:
+    images, running = 0, None
+    for x, *_ in LOADERS[name](work, a):
+        if running is None:
+            running = [child.pid for child in multiprocessing.active_children()]
+            first = time.monotonic(), cpu_seconds(running)
+        else:
+            images, last = images + len(x), (time.monotonic(), cpu_seconds(running))
         if name != "pillow":
-            floats, number = name.endswith("floats"), len(y.flatten())
-            wanted = [number, 3, a.size, a.size] if floats else [number, a.size, a.size, 3]
-            if list(x.shape) != wanted or x.is_floating_point() != floats:
-                raise ValueError(f"{name}: a batch of {x.dtype} {list(x.shape)}, expected {wanted}")
-        images += len(x)
-    wall = time.perf_counter() - begun
-    if name.startswith("project"):
-        loader.batches = None  # ends the loader processes
-    del loader, batches
-    gc.collect()  # ends worker processes, so that their time is counted
-    return {"images": images, "wall": images / wall, "cpu": images / (cpu_seconds() - cpu)}
+            shapes, floats = [[3, a.size, a.size], [a.size, a.size, 3]], name.endswith("floats")
+            if list(x.shape[1:]) not in shapes[: 1 if floats else 2] or x.is_floating_point() != floats:
+                raise ValueError(f"{name}: a batch of {x.dtype} {list(x.shape)}")
+    seconds, cpu = (after - before for before, after in zip(first, last))
+    return {"cpu": images / cpu, "wall": images / seconds, "start_cpu": first[1], "start": first[0] - a.begun}
 
 
-def measure_apart(name: str, work: Path, a: argparse.Namespace, workers: int) -> dict[str, float] | None:
+def measure_apart(name: str, work: Path, a: argparse.Namespace) -> dict[str, float] | None:
     """measure() in a process of its own; None, and its last words on stderr, if that fails."""
-    flags = [f"--{key}={getattr(a, key)}" for key in ("batch", "size", "images")]
-    command = [sys.executable, __file__, f"--measure={name}", f"--work={work}", f"--workers={workers}", *flags]
+    python = dict(text.split("=", 1) for text in a.python).get(name.partition("-")[0], sys.executable)
+    flags = [f"--{key}={getattr(a, key)}" for key in ("batch", "size", "images", "workers")]
+    command = [python, __file__, f"--measure={name}", f"--work={work}", f"--begun={time.monotonic()}", *flags]
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": scratch}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=a.timeout)
-    if done.returncode:
-        words = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()
-        print(f"{name}: {words[-1][:300]}", file=sys.stderr)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    if done.returncode:  # of DALI's messages the last line says the least
+        print(f"# {name}: left out: {' '.join(done.stderr.split())[-300:]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- the parts of an image's time
+
+
+def parts(work: Path, a: argparse.Namespace) -> None:
+    """Print CPU milliseconds an image, medians over rounds: of each part without those that it calls, and of all."""
+    import imagenet_shards as shards
+    import imagenet_train as script
+
+    found: Counter[str] = Counter()
+    callers: list[float] = []  # of each part that has begun, the seconds of those that it called
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            callers.append(0.0)
+            begun = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.thread_time() - begun
+                found[name] += spent - callers.pop()
+                if callers:
+                    callers[-1] += spent
+
+        return call
+
+    def timed_stage(name: str, stage: Callable) -> Callable:
+        def call(*samples) -> Iterable:
+            items, end = iter(stage(*samples)), object()
+            yield from iter(partial(timed(name, next), items, end), end)
+
+        return call
+
+    functions = {script: "sample_rng random_crop shorten_jpeg pixels_of resize_pixels", shards: "open_image to_rgb",
+                 ImageFile.ImageFile: "load", Image.Image: "crop tobytes", torch.Tensor: "flip", torch: "stack"}
+    stages = "list_blocks open_blocks tar_file_expander group_by_keys in_order map(decode) fill batched(collate)"
+    for owner, names in functions.items():
+        for name in names.split():
+            setattr(owner, name, timed(name, getattr(owner, name)))
+    config = script.LoaderConfig(script.read_index(str(work / "data"), "train"), True, a.batch, a.size, shuffle=500)
+    rounds: list[Counter[str]] = []
+    for _ in range(1 + a.rounds):
+        found.clear()
+        pipeline = script.make_pipeline(config, 0, [config.division], 0, itertools.cycle(script.make_buffers(config)))
+        pipeline.pipeline = [timed_stage(name, stage) for name, stage in zip(stages.split(), pipeline.pipeline)]
+        whole, thread = time.process_time(), time.thread_time()
+        images = sum(len(batch[1]) for batch in pipeline)
+        whole, thread = time.process_time() - whole, time.thread_time() - thread
+        found |= {"thread that reads and checks blocks": whole - thread, "the whole pipeline": whole}
+        rounds.append(Counter({name: 1000 * seconds / images for name, seconds in found.items()}))
+    print("| part | ms an image |\n|---|---|")
+    for name in rounds[0]:
+        print(f"| {name} | {statistics.median(each[name] for each in rounds[1:]):.3f} |")
 
 
 # ---------------------------------------------------------------- all measurements
 
 
-def prepare(work: Path, a: argparse.Namespace, copy: bool = False) -> int:
-    """A tree of --images files, linked or copied from the given one, repeated under other names, and shards of it."""
-    root = a.tree
-    if a.standin:
-        from standin import make_tree
-
-        root = work / "standin"
-        make_tree(root, train=50, val=1)
-    files = sorted(path for path in (root / "train").glob("*/*") if path.is_file())
-    if not files:
-        raise SystemExit(f"{root}/train: no class folders with images in it; give another --tree")
-    if len(files) > a.images:  # of all classes, as evenly as they come
-        files = random.Random(0).sample(files, a.images)
-    for turn, path in itertools.islice(((n, path) for n in itertools.count() for path in files), a.images):
-        link = work / "tree/train" / path.parent.name / f"{path.stem}-{turn}{path.suffix}"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            (shutil.copyfile if copy else os.link)(path, link)
-        except OSError:  # a link, to another disk
-            shutil.copyfile(path, link)
-    make_shards(work, "data", a.images)
-    return script.read_index(str(work / "data"), "train").total
-
-
-def table(rows: dict[tuple[str, int], list[dict]]) -> Iterable[str]:
+def table(rows: dict[str, list[dict]]) -> Iterable[str]:
     """Lines of Markdown: medians, the range of the rounds, and each rate in that of the first that returns the same."""
-    yield "| loader | returns | workers | images/CPU-s | range | × | images/s | rounds |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| loader | returns | images/CPU-s | range | × | images/s | start-up, s | CPU-s |"
+    yield "|---" * 8 + "|"
     first: dict[str, float] = {}
-    for (name, workers), found in rows.items():
-        if not found:
-            continue
-        loader, _, kind = name.rpartition("-") if "-" in name else (name, "", "nothing")
-        cpu = [each["cpu"] for each in found]
-        rate, wall = statistics.median(cpu), statistics.median(each["wall"] for each in found)
-        yield (
-            f"| {loader} | {kind} | {workers} | {rate:.0f} | {min(cpu):.0f}–{max(cpu):.0f} "
-            f"| {rate / first.setdefault(kind, rate):.2f} | {wall:.0f} | {len(found)} |"
-        )
+    for name, found in rows.items():
+        loader, _, kind = name.replace("pillow", "pillow-nothing").partition("-")
+        columns = {key: [each[key] for each in found] for key in found[0]}
+        cpu, wall, start_cpu, start = map(statistics.median, columns.values())
+        span = f"{min(columns['cpu']):.0f}–{max(columns['cpu']):.0f}"
+        times = cpu / first.setdefault(kind, cpu)
+        yield f"| {loader} | {kind} | {cpu:.0f} | {span} | {times:.2f} | {wall:.0f} | {start:.1f} | {start_cpu:.1f} |"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare loaders of ImageNet's training images.", allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--tree", metavar="DIR", type=Path, help="folder that holds train/<wnid>/*.JPEG")
-    source.add_argument("--standin", action="store_true", help="draw the stand-in and use that")
-    source.add_argument("--measure", metavar="LOADER", choices=LOADERS, help=argparse.SUPPRESS)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=int, default=2000, help="training images; fewer files are repeated (default: 2000)")
+    add("--tree", metavar="DIR", type=Path, help="folder that holds train/<wnid>/*.JPEG")
+    add("--images", type=int, default=4000, help="training images; fewer files are repeated (default: 4000)")
     add("--workers", type=int, default=2, help="worker processes (default: 2)")
     add("--batch", type=int, default=64, help="images a batch (default: 64)")
     add("--size", type=int, default=224, help="side of a crop, pixels (default: 224)")
-    add("--rounds", type=int, default=3, help="of all loaders in turn (default: 3)")
+    add("--rounds", type=int, default=6, help="of all loaders in turn (default: 6)")
     add("--only", default=",".join(LOADERS), help="loaders, with commas (default: all that are installed)")
+    add("--python", metavar="LOADER=PATH", action="append", default=[], help="the Python that runs this loader")
     add("--work", metavar="DIR", type=Path, help="folder to work in (default: a temporary one)")
-    add("--timeout", type=float, default=600, help="seconds that one measurement may take (default: 600)")
+    add("--parts", action="store_true", help="the parts of an image's time, in one process")
+    add("--measure", choices=LOADERS, help=argparse.SUPPRESS)
+    add("--begun", type=float, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.measure:
-        print(json.dumps(measure(a.measure, a.work, a)))
-        return 0
-    names = [name for name in a.only.split(",") if name]
-    if not (a.tree or a.standin) or not set(names) <= set(LOADERS):
-        parser.error(f"give --tree or --standin, and of --only these: {', '.join(LOADERS)}")
-    for name in [name for name in names if not installed(LOADERS[name][1])]:
-        print(f"# {name}: {LOADERS[name][1]} is not installed, left out")
-        names.remove(name)
+        return print(json.dumps(measure(a.measure, a.work, a)))
+    if not a.tree or not set(a.only.split(",")) <= set(LOADERS):
+        parser.error(f"give --tree, and of --only these: {', '.join(LOADERS)}")
     with tempfile.TemporaryDirectory(dir=a.work, prefix="loading-") as folder:
         work = Path(folder)
-        print(f"# {prepare(work, a)} images, batches of {a.batch}, {a.size} px, {a.rounds} rounds", flush=True)
-        rows: dict[tuple[str, int], list[dict]] = {(name, a.workers): [] for name in names}
-        for name in {"project-256-bytes", "litdata-floats", "mosaicml-floats"} & set(names):  # they convert first
-            measure_apart(name, work, a, a.workers)
-        for _, name in itertools.product(range(a.rounds), names):
-            if found := measure_apart(name, work, a, a.workers):
-                rows[name, a.workers].append(found)
+        prepare(work, a.tree, a.images)
+        if a.parts:
+            torch.set_num_threads(1)
+            return parts(work, a)
+        print(f"# {a.images} images, {a.workers} workers, batches of {a.batch}, {a.size} px", flush=True)
+        # The first round converts, where a loader has a format of its own, and fills the page cache.
+        rows: dict[str, list[dict]] = {name: [] for name in a.only.split(",") if measure_apart(name, work, a)}
+        for _, name in itertools.product(range(a.rounds), list(rows)):
+            if found := measure_apart(name, work, a):
+                rows[name].append(found)
                 print(f"# {name} {found['cpu']:.0f}/CPU-s {found['wall']:.0f}/s", flush=True)
     print("\n".join(table(rows)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,6 +2,7 @@
 
 import ctypes
 import http.server
+import json
 import multiprocessing
 import os
 import re
@@ -17,40 +18,53 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-Fault = Callable[["Handler", bytes], None]
+Fault = Callable[["Handler", bytes], object]
 Place = Callable[[bytes], int]  # a position in the bytes that were asked for
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves a folder, and ranges of its files. server.faults: file name → faults, one for each request."""
+    """Serves a folder, and ranges of its files; also as the data set me/data of a Hugging Face hub.
+
+    server.faults: file name → faults, one for each request.
+    """
+
+    name = ""  # of the file that is asked for
+    protocol_version = "HTTP/1.0"  # a connection for each request
 
     def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         name = urllib.parse.urlsplit(self.path).path.strip("/")  # of a proxy's requests too
+        self.name = name = name.rpartition("/")[2] if "/resolve/" in name else name
         path = self.server.folder / name
         data = self.file = path.read_bytes() if path.is_file() else None
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.server.ranges else None
-        self.partial = bool(match)
-        if match and data is not None:
-            first = int(match[1])
-            self.range = f"bytes {first}-{match[2]}/{len(data)}"
-            data = data[first : int(match[2]) + 1]
+        if name.startswith("api/datasets/me/data"):
+            files = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+                     for path in self.server.folder.iterdir()]
+            kind = f"{name}//".split("/")[4]
+            data = json.dumps({"tree": files, "paths-info": []}.get(kind, {"id": "me/data"})).encode()
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.range = "" if not match or data is None else f"bytes {match[1]}-{match[2]}/{len(data)}"
+        if self.range:
+            data = data[int(match[1]) : int(match[2]) + 1]
         self.server.requests.append(name)
         self.server.passwords.append(self.headers.get("Authorization"))
         faults = self.server.faults.get(name)
-        fault = faults.pop(0) if faults else serve
-        fault(self, data)
+        (faults.pop(0) if faults else serve)(self, data)
+
+    def do_POST(self) -> None:
+        self.do_GET()
 
     def begin(self, length: int | None) -> None:
         """Status and headers of a good answer. length: what it says of itself, None: nothing."""
-        self.send_response(206 if self.partial else 200)
-        if self.partial:
+        self.send_response(206 if self.range else 200)
+        if self.range:
             self.send_header("Content-Range", self.range)
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
 
-    def log_message(self, *args) -> None:
-        pass
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        self.server.statuses.append((self.name, int(code)))
 
 
 def serve(handler: Handler, data: bytes | None) -> None:
@@ -85,7 +99,6 @@ def cut(place: Place, tell: bool = True, then: Callable[[Handler], object] = lam
     def fault(handler: Handler, data: bytes) -> None:
         handler.begin(len(data) if tell else None)
         handler.wfile.write(data[: place(data)])
-        handler.wfile.flush()
         then(handler)
 
     return fault
@@ -108,14 +121,9 @@ def stall(place: Place, seconds: float = 20) -> Fault:
 
 def drip(pause: float) -> Fault:
     """A byte after each pause."""
-
-    def fault(handler: Handler, data: bytes) -> None:
-        handler.begin(len(data))
-        while data and not handler.server.ended.wait(pause):
-            handler.wfile.write(data[:1])
-            data = data[1:]
-
-    return fault
+    return cut(lambda data: 0, then=lambda handler: [
+        handler.wfile.write(b"x") for _ in iter(lambda: handler.server.ended.wait(pause), True)
+    ])  # fmt: skip
 
 
 def other_bytes(change: Callable[[bytes], bytes]) -> Fault:
@@ -125,17 +133,17 @@ def other_bytes(change: Callable[[bytes], bytes]) -> Fault:
 
 def whole(handler: Handler, data: bytes) -> None:
     """The whole file, whatever range was asked for."""
-    handler.partial = False
+    handler.range = ""
     serve(handler, handler.file)
 
 
 @contextmanager
-def fault_server(folder: Path, ranges: bool = True, port: int = 0) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server, with .url, .faults to set, and .requests made. ranges: False for one that ignores them."""
+def fault_server(folder: Path, port: int = 0) -> Iterator[http.server.ThreadingHTTPServer]:
+    """The server, with .url, .faults to set, and what was asked and answered."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads, server.block_on_close = True, False
-        server.folder, server.faults, server.ranges = folder, {}, ranges
-        server.requests, server.passwords, server.ended = [], [], threading.Event()
+        server.folder, server.faults, server.ended = folder, {}, threading.Event()
+        server.requests, server.statuses, server.passwords = [], [], []
         server.handle_error = lambda *args: None  # a reader may hang up
         server.url = f"http://127.0.0.1:{server.server_port}/"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # shutdown() waits for a poll
@@ -153,8 +161,7 @@ def small_disk(folder: Path, *options: str) -> None:
 def small_shm(size: int) -> int:
     """In a forked process: give it, and those that it starts, a /dev/shm of so many bytes. Not 0 if that fails."""
     new_mounts = ctypes.CDLL(None).unshare(0x20000)  # CLONE_NEWNS
-    mount = f"mount --make-rprivate / && mount -t tmpfs -o size={size} none /dev/shm"
-    return new_mounts or os.system(f"({mount}) 2>/dev/null")
+    return new_mounts or os.system(f"(mount --make-rprivate / && mount -t tmpfs -o size={size} x /dev/shm) 2>/dev/null")
 
 
 def descendants(pid: int) -> list[int]:
@@ -179,18 +186,18 @@ def group(number: int) -> list[int]:
 def ended(pids: list[int]) -> bool:
     """Whether all these processes end within 10 s. Some may only wait to be reaped."""
     give_up = time.monotonic() + 10
-    while running := any(stat(pid)[0] != "Z" for pid in pids):
-        if time.monotonic() > give_up:
-            break
+    while (running := any(stat(pid)[0] != "Z" for pid in pids)) and time.monotonic() < give_up:
         time.sleep(0.02)
     return not running
 
 
-def killed(seconds: float, work: Callable[[], object]) -> list[int]:
-    """Let a process do this work, kill it then. Returns its descendants of that moment."""
+def killed(when: float | Callable[[list[int]], bool], work: Callable[[], object]) -> list[int]:
+    """Let a process do this work, kill it after seconds, or when(its descendants). Returns these of that moment."""
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    time.sleep(seconds)
+    give_up = time.monotonic() + (60 if callable(when) else when)
+    while time.monotonic() < give_up and not (callable(when) and when(descendants(process.pid))):
+        time.sleep(0.02)
     started = descendants(process.pid)
     process.kill()
     process.join()
@@ -198,17 +205,7 @@ def killed(seconds: float, work: Callable[[], object]) -> list[int]:
 
 
 def damaged(data: bytes) -> st.SearchStrategy[bytes]:
-    """These bytes after up to five changes of a kind that disks and networks make: start, length, new bytes."""
-    at = st.integers(0, len(data))
-    change = st.one_of(
-        st.tuples(at, st.just(1), st.binary(min_size=1, max_size=1)), st.tuples(at, st.just(len(data)), st.just(b"")),
-        st.tuples(at, st.just(0), st.binary(max_size=600)),
-    )  # fmt: skip
-
-    def apply(changes: list[tuple[int, int, bytes]]) -> bytes:
-        changed = data
-        for start, length, new in changes:
-            changed = changed[:start] + new + changed[start + length :]
-        return changed
-
-    return st.lists(change, max_size=5).map(apply)
+    """These bytes after a change of a kind that disks and networks make: some are altered, lost or inserted."""
+    lost = st.sampled_from([0, 1, 512, len(data)])
+    return st.builds(lambda at, lost, new: data[:at] + new + data[at + lost :], st.integers(0, len(data)), lost,
+                     st.sampled_from([0, 1, 512]).flatmap(lambda size: st.binary(min_size=size, max_size=size)))

@@ -1,6 +1,7 @@
-"""Reads shards without imagenet_shards.py."""
+"""Reads and writes shards without imagenet_shards.py."""
 
 import hashlib
+import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,11 @@ def everything(folder: Path) -> dict[str, str]:
 def recipe(**changes: int) -> dict[str, Any]:
     """What decides the bytes of a conversion without flags."""
     return {"seed": 0, "maxsize": 10**9, "maxcount": 100_000, "block_size": 64, "resize": None} | changes
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> None:
+    with tarfile.open(path, mode, format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))

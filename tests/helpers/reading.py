@@ -13,8 +13,8 @@ import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import imagenet_shards
-import imagenet_train
 from imagenet_shards import Block, Index
+from imagenet_train import IGNORE_INDEX, Loader, LoaderConfig, in_order, list_blocks
 
 NAME = "imagenet-train-000001.tar"  # of 7 samples, in blocks of 3, 3 and 1
 Sample = dict[str, Any]
@@ -26,37 +26,40 @@ def index_of(layout: list[list[int]], prefix: str = "") -> Index:
     return Index(prefix, ["n0"], [{"url": f"{n}.tar", "sha256": "0" * 64} for n in range(len(layout))], blocks)
 
 
-def read_samples(index: Index, order: list[int], blocks: list[int], **how: Any) -> Iterator[Sample]:
-    """The samples with these numbers, in this order, from these blocks, by the first stages of the pipeline."""
-    how = {"retry_for": 0, "timeout": 20, "cache_full": multiprocessing.Event()} | how
-    return iter(wds.DataPipeline(
-        partial(imagenet_train.list_blocks, blocks, index), partial(imagenet_shards.open_blocks, index=index, **how),
-        tar_file_expander, group_by_keys, partial(imagenet_train.in_order, order=order, index=index),
-    ))
+def at(index: Index, prefix: str) -> Index:
+    """The same index, of shards that are read from another prefix."""
+    return replace(index, prefix=prefix)
 
 
 def read_shard(index: Index, start: int = 0, stop: int | None = None, name: str = NAME, **how: Any) -> Iterator[Sample]:
-    """The samples start … stop of a shard. how: arguments of open_blocks(), by default without retries."""
-    blocks = [n for n, block in enumerate(index.blocks) if index.shards[block.shard]["url"] == name]
+    """The samples start … stop of a shard, by the first stages of the pipeline, by default without retries."""
+    how = {"retry_for": 0, "timeout": 20, "cache_full": multiprocessing.Event()} | how
+    blocks = [n for n, block in enumerate(index.blocks) if index.entries[block.shard]["url"] == name]
     numbers = range(index.starts[blocks[0]], index.starts[blocks[-1] + 1])[start:stop]
     wanted = [n for n in blocks if index.starts[n] < numbers.stop and index.starts[n + 1] > numbers.start]
-    return read_samples(index, list(numbers), wanted, **how)
+    return iter(wds.DataPipeline(
+        partial(list_blocks, wanted, index), partial(imagenet_shards.open_blocks, index=index, **how),
+        tar_file_expander, group_by_keys, partial(in_order, order=list(numbers), index=index),
+    ))
 
 
 def unpack(data: bytes, samples: int) -> list[Sample]:
     """The samples of a block that consists of these bytes."""
-    index = index_of([[samples]])
-    try:
-        imagenet_shards.check_members(data)
-    except ValueError as error:
-        raise imagenet_shards.PermanentError(str(error)) from None
     streams = [{"url": "0.tar#0", "stream": io.BytesIO(data)}]
-    return list(imagenet_train.in_order(group_by_keys(tar_file_expander(streams)), list(range(samples)), index))
+    return list(in_order(group_by_keys(tar_file_expander(streams)), list(range(samples)), index_of([[samples]])))
 
 
-def at(index: Index, prefix: str) -> Index:
-    """The same index, of shards that are read from another prefix."""
-    return replace(index, prefix=prefix)
+def labels_of(index: Index, workers: int = 2, **how: Any) -> list[int]:
+    """The sorted labels of a validation by forked loader processes."""
+    loader = Loader(LoaderConfig(index, False, 5, 32, 36, workers=workers, **{"retry_for": 0} | how))
+    try:
+        return sorted(label for _, labels in loader for label in labels.tolist() if label != IGNORE_INDEX)
+    finally:
+        loader.batches = None  # ends the processes also if an error's traceback is kept
+
+
+def found(samples: Iterable[Sample]) -> list[tuple[str, bytes, bytes]]:
+    return [(sample["__key__"], sample["cls"], sample["jpg"]) for sample in samples]
 
 
 def expected(shards: Path, name: str = NAME) -> list[tuple[str, bytes, bytes]]:
@@ -64,10 +67,6 @@ def expected(shards: Path, name: str = NAME) -> list[tuple[str, bytes, bytes]]:
     with tarfile.open(shards / name) as tar:
         data = [(m.name.partition(".")[0], tar.extractfile(m).read()) for m in tar]
     return [(key, cls, jpg) for (key, cls), (_, jpg) in zip(data[::2], data[1::2])]
-
-
-def found(samples: Iterable[Sample]) -> list[tuple[str, bytes, bytes]]:
-    return [(sample["__key__"], sample["cls"], sample["jpg"]) for sample in samples]
 
 
 def places(data: bytes) -> dict[str, int]:
@@ -81,6 +80,5 @@ def places(data: bytes) -> dict[str, int]:
         "between cls and jpg": members[1].offset,
         "in a header": last.offset + 300,
         "in an image": members[1].offset_data + 1000,
-        "in the last image": last.offset_data + last.size - 1,
-        "in the last padding": last.offset_data + last.size if last.size % 512 else last.offset_data + last.size - 1,
+        "in the last padding": last.offset_data + last.size - (last.size % 512 == 0),
     }

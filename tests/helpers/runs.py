@@ -40,15 +40,9 @@ TINY = ["--model=tiny", *SMALL[1:]]  # see tiny.py
 Moment = tuple[str, int]  # ("train", step) or ("val", epoch)
 
 
-def merged(*flags: str) -> list[str]:
-    """The flags, of which the last one of a name counts; the script refuses repeated ones."""
-    return list({flag.partition("=")[0]: flag for flag in flags}.values())
-
-
 def train(shards: Path | str, output: Path, *flags: str) -> int:
     """An epoch in this process; its exit status."""
-    own = [f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1"]
-    return script.main(merged(*TINY, *own, *flags))
+    return script.main([*TINY, f"--shards={shards}", f"--output={output}", "--workers=0", "--max-epochs=1", *flags])
 
 
 def one_line(capsys) -> str:
@@ -101,13 +95,14 @@ def run_rank(folder: Path, flags: list[str], env: dict[str, str], kill: Moment |
     sys.argv = ["imagenet_train.py", *flags]
     make_trainer = script.make_trainer
 
-    def with_diary(args, **changes) -> pl.Trainer:
-        trainer = make_trainer(args, **changes)
+    def with_diary(args) -> pl.Trainer:
+        trainer = make_trainer(args)
         trainer.callbacks.append(Diary(folder, kill))
         return trainer
 
     script.make_trainer = with_diary
-    script.shards.end_on_signals(script.resume_hint)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does at its start
+    script.join_launcher(os.environ)
     with open(folder / f"log-{env.get('RANK', 0)}", "a", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
         with Reads() if reads else contextlib.nullcontext():
@@ -128,7 +123,7 @@ def start(
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0,
                "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         own = {key: str(value) for key, value in own.items()} if ranks > 1 else {}
-        words = merged(*TINY, f"--workers={workers}", f"--output={folder}/out", *flags, *each(rank))
+        words = [*TINY, f"--workers={workers}", f"--output={folder}/out", *flags, *each(rank)]
         args = folder, words, own | (env or {}), kill, reads
         processes.append(multiprocessing.get_context("fork").Process(target=run_rank, args=args))
         processes[-1].start()
@@ -136,9 +131,11 @@ def start(
 
 
 def exit_codes(processes: list[BaseProcess]) -> list[int]:
-    """Wait for the ranks."""
+    """Wait for the ranks; a rank that hangs is killed."""
     for process in processes:
-        process.join(200)
+        process.join(100)
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
 
 
@@ -152,20 +149,24 @@ def run(folder: Path, *flags: str, expect: int = 0, **options) -> str:
 # ---------------------------------------------------------------- the script itself
 
 
-def launch(folder: Path, *flags: str, launcher: str = "python", env: dict[str, str] | None = None) -> subprocess.Popen:
+def launch(
+    folder: Path, *flags: str, launcher: str = "python", env: dict[str, str] | None = None, ignored: int = 0
+) -> subprocess.Popen:
     """Start the script; see processes_of() for what it started. It prints into folder/log-0.
 
     launcher: "python", one rank; or two ranks, started by "torchrun", or by "lightning", that is by the first one
+    ignored: a signal that the script's parent ignores
     """
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-u"]
     command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] * (launcher == "torchrun")
     more = ["--devices=2"] if launcher == "lightning" else []
-    words = merged(*SMALL, "--workers=1", f"--output={folder}/out", *more, *flags)
+    words = [*SMALL, "--workers=1", f"--output={folder}/out", *more, *flags]
     with open(folder / "log-0", "a") as output:
         env = os.environ | {"LAUNCHED": str(folder)} | (env or {})
+        ignore = (lambda: signal.signal(ignored, signal.SIG_IGN)) if ignored else None
         return subprocess.Popen([*command, SCRIPT, *words], env=env, stdin=subprocess.DEVNULL, stdout=output,
-                                stderr=output, start_new_session=True)
+                                stderr=output, start_new_session=True, preexec_fn=ignore)
 
 
 def processes_of(folder: Path) -> dict[int, str]:

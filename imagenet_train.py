@@ -1060,10 +1060,10 @@ def make_model(
     names = ("model", "lr", "momentum", "weight_decay", "label_smoothing", "warmup_epochs", "val_size", "val_resize",
              "seed", "compile")
     places = ("shards", "index", "cache", "output", "resume", "weights")  # ranks may have their own
-    settings |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in places}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in places}
     flag, number = f"--{'weights' if args.weights else 'resume'}={weights}", plural(len(index.classes), "class")
     values = {name: getattr(args, name) for name in names}
-    module = Classifier(classes=index.classes, images=images, settings=settings, **values)
+    module = Classifier(classes=index.classes, images=images, settings=settings | flags, **values)
     if weights:
         state = read_weights(args.model, weights, index.classes, flag)
         if new := load_weights(module.model, state, len(index.classes), flag):

@@ -74,7 +74,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageFile
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
@@ -327,6 +327,7 @@ def sample_rng(sample: dict[str, Any], config: LoaderConfig, epoch: int) -> rand
 
 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch's, of bytes that nobody writes to
+ImageFile.MAXBLOCK = 1 << 20  # bytes that Pillow reads or converts at once: a whole image, not pieces to be joined
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:

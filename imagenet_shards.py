@@ -62,7 +62,7 @@ import fsspec
 import numpy as np
 import PIL.features
 import webdataset as wds
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
@@ -554,8 +554,11 @@ def image_bytes(sample: dict[str, Any]) -> bytes:
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """A JPEG or PNG, whatever its name says (n02105855_2933.JPEG is a PNG). Only the header is read."""
-    return Image.open(file, formats=["JPEG", "PNG"])
+    """A JPEG or PNG, whatever its name says (n02105855_2933.JPEG is a PNG): its header. ValueError for other files."""
+    try:
+        return Image.open(file, formats=["JPEG", "PNG"])
+    except UnidentifiedImageError:  # whose text names no file, but an object in memory
+        raise ValueError("neither JPEG nor PNG" if file.seek(0, os.SEEK_END) else "empty file") from None
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -580,8 +583,6 @@ def decode_image(data: bytes, load: bool = True) -> Image.Image:
         return image
     except MemoryError:  # says nothing about the image
         raise
-    except Image.UnidentifiedImageError:
-        raise ValueError("neither JPEG nor PNG" if data else "empty file") from None
     except Exception as error:  # Pillow raises many kinds on invalid bytes
         raise ValueError(reason(error)) from None
 

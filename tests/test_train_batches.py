@@ -291,7 +291,8 @@ def test_undecodable_images_are_rows_that_do_not_count(copy, tmp_path, workers, 
                 ignored += 1
         assert ignored == 3 == loader.bad
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 3 and all(" not used: imagenet-train-00000" in line for line in lines)
+        pattern = r".* not used: imagenet-train-00000\d.tar: \w+: neither JPEG nor PNG"
+        assert len(lines) == 3 and all(re.fullmatch(pattern, line) for line in lines)
     for changes, said in (
         ({"max_bad": 2}, "3 undecodable images in an epoch, --max-bad=2; last: imagenet-train"),
         ({"batch": 1}, "none of 1 image of a batch can be decoded: imagenet-train-"),

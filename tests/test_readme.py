@@ -106,6 +106,7 @@ def execute(desk: Path, command: str, server: str = SERVER, epochs: int = 1, **e
         command = command.replace(old, new)
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_HOME": f"{desk.parent}/hub"} | env
     env |= {"PATH": f"{desk}/bin:{env['PATH']}"}
+    env["PYTHONWARNINGS"] = "ignore:You are using a non-supported Python"  # Google's packages, on Python 3.10
     run = subprocess.run(["bash", "-c", command], cwd=desk, env=env, capture_output=True, text=True, timeout=800)
     assert run.returncode == 0 and "Warning" not in run.stderr, run.stderr[-2000:]
     return run.stdout
